@@ -1,0 +1,29 @@
+"""What every command shares: errors as one message on stderr, Ctrl-C as a clean stop."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from csm_studio.errors import CsmStudioError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def run(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
+    """Run a command's `main` on the process's arguments and exit.
+
+    Exit status: 0 on success, 2 for an error the user can mend (one message, no traceback),
+    130 after Ctrl-C. Any other exception is a defect and keeps its traceback.
+    """
+    try:
+        main(None)
+    except CsmStudioError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_USER_ERROR) from None
+    except KeyboardInterrupt:
+        print("stopped.", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED) from None
+    raise SystemExit(0)

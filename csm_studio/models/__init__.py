@@ -1,0 +1,5 @@
+"""The models in MLX. Importing them turns on the fast BLAS where MLX runs on a Linux CPU."""
+
+from csm_studio import fast_blas
+
+fast_blas.enable()
