@@ -16,3 +16,11 @@ FRAME_MS = 80
 
 MAX_CONTEXT_FRAMES = 2_048
 """Positions that a CSM may attend to: prompt and new frames together."""
+
+EMBEDDING_TABLES = ("text_embeddings", "audio_embeddings")
+"""The two tables of a CSM, which LoRA can adapt or leave to be trained whole."""
+
+LORA_RANK = 8
+LORA_ALPHA = 16.0
+LORA_TARGETS = ("attn", "codebook0_head", "projection")
+"""Defaults of LoRA; alpha over rank scales the update."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from csm_studio.configs import CSMConfig, LlamaConfig, MimiConfig
 from csm_studio.errors import WeightsError
@@ -113,6 +115,17 @@ def read_weights(path: Path) -> Weights:
     return loaded
 
 
+def read_header(path: Path) -> dict[str, str]:
+    """Return the text metadata of a safetensors file.
+
+    Raises:
+        WeightsError: The file cannot be read.
+    """
+    read_weights(path)
+    _, header = cast("tuple[Weights, dict[str, str]]", mx.load(str(path), return_metadata=True))
+    return header
+
+
 def read_csm(path: Path, config: CSMConfig, expected: Shapes) -> Weights:
     """Read CSM weights in any known layout under the MLX names.
 
@@ -126,11 +139,14 @@ def read_csm(path: Path, config: CSMConfig, expected: Shapes) -> Weights:
     """
     weights = read_weights(path)
     named = {key: value for key, value in weights.items() if not key.startswith(CODEC_PREFIX)}
-    for layout, pattern, renames in _CSM_LAYOUTS:
-        if any(re.search(pattern, key) for key in named):
-            break
-    else:
+    recognised = [
+        (layout, renames)
+        for layout, pattern, renames in _CSM_LAYOUTS
+        if any(re.search(pattern, key) for key in named)
+    ]
+    if not recognised:
         raise WeightsError(f"{path}: no CSM weights in it. {_sample(weights)}")
+    layout, renames = recognised[0]
     if any(key.endswith(".scales") for key in named):
         raise WeightsError(f"{path}: quantized weights cannot be used. Get the bf16 or f32 model.")
     renamed = _rename(named, renames)
@@ -341,9 +357,14 @@ def _orient_convolutions(weights: Weights, config: MimiConfig) -> None:
             weights[key] = value.transpose(1, 2, 0) if key in transposed else value.swapaxes(1, 2)
 
 
-def shapes_of(parameters: Iterable[tuple[str, mx.array]]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of named arrays."""
-    return {name: tuple(value.shape) for name, value in parameters}
+def flatten(tree: Any) -> Weights:
+    """Return the arrays of a parameter tree by dotted name."""
+    return dict(cast("list[tuple[str, mx.array]]", tree_flatten(tree)))
+
+
+def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a parameter tree's arrays by dotted name."""
+    return {name: tuple(value.shape) for name, value in flatten(tree).items()}
 
 
 def _sample(weights: Mapping[str, mx.array]) -> str:

@@ -1,5 +1,5 @@
 """The models in MLX. Importing them turns on the fast BLAS where MLX runs on a Linux CPU."""
 
-from csm_studio import fast_blas
+from csm_studio.fast_blas import enable
 
-fast_blas.enable()
+enable()

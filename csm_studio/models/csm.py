@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from csm_studio.checkpoints import formats
 from csm_studio.configs import CSMConfig
 from csm_studio.models.llama import KVCache, LlamaModel
 
 if TYPE_CHECKING:
+    from csm_studio.models.lora import AdapterSpec
     from csm_studio.models.mimi.codec import Mimi
     from csm_studio.text.tokenizer import TextTokenizer
 
@@ -41,12 +41,14 @@ class CSM(nn.Module):
 
     Attributes:
         companions: Codec and tokenizer, set by `load_model`; not part of the parameters.
+        adapter: Description of the LoRA adapter applied (`lora.AdapterSpec`), or None.
     """
 
     def __init__(self, config: CSMConfig) -> None:
         super().__init__()
         self.config = config
         self.companions: Companions | None = None
+        self.adapter: AdapterSpec | None = None
         num_codebooks, vocab = config.audio_num_codebooks, config.audio_vocab_size
         width, depth_width = config.backbone.hidden_size, config.decoder.hidden_size
         self.backbone = LlamaModel(config.backbone)
@@ -160,7 +162,7 @@ class CSM(nn.Module):
         if not isinstance(file_or_weights, (str, Path)):
             super().load_weights(list(file_or_weights), strict=strict)
             return self
-        expected = formats.shapes_of(tree_flatten(self.parameters()))
+        expected = formats.shapes_of(self.parameters())
         weights = formats.read_csm(Path(file_or_weights), self.config, expected)
         super().load_weights(list(formats.for_device(weights).items()), strict=True)
         mx.eval(self.parameters())

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from csm_studio.checkpoints import formats
 from csm_studio.configs import MimiConfig
@@ -129,7 +128,7 @@ class Mimi(nn.Module):
         Raises:
             WeightsError: Lists every missing, unexpected and misshapen tensor.
         """
-        expected = formats.shapes_of(tree_flatten(self.parameters()))
+        expected = formats.shapes_of(self.parameters())
         weights = formats.read_mimi(path, self.config, expected)
         # Codes are decided by small distances: float32 everywhere.
         self.load_weights([(name, value.astype(mx.float32)) for name, value in weights.items()])
