@@ -172,6 +172,8 @@ def apply_lora_to_model(
         parent, name = _parent(model, path)
         target = getattr(parent, name)
         if isinstance(target, mx.array):
+            # The frozen array's name would keep the module that takes its place frozen too.
+            parent.unfreeze(keys=[name], recurse=False)
             adapted: nn.Module = LoRAHeads(target, rank, scale, key)
         elif isinstance(target, nn.Embedding):
             adapted = LoRAEmbedding(target.weight, rank, scale, key)

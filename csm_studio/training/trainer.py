@@ -240,14 +240,14 @@ class Trainer:
                 counts[index] += part.size
         first, depth = totals / counts
         num_others = self.model.config.audio_num_codebooks - 1
-        loss = self._weights.first * first + self._weights.other * num_others * depth
+        loss = float(self._weights.first * first + self._weights.other * num_others * depth)
         best = self.run_dir.best
         is_best = best is None or best.validation_loss is None or loss < best.validation_loss
         epoch = self._epoch(step) if step else 0
-        event = events.Validated(step, epoch, float(loss), float(first), float(depth), is_best)
+        event = events.Validated(step, epoch, loss, float(first), float(depth), is_best)
         self._emit(event)
         self.run_dir.log({"event": "validation", **dataclasses.asdict(event)})
-        return float(loss)
+        return loss
 
     def _save(self, step: int, ends_epoch: bool) -> Path:
         loss = self._validate(step)
