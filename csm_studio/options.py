@@ -21,6 +21,7 @@ from csm_studio.errors import OptionError
 
 T = TypeVar("T")
 _METADATA_KEY = "option"
+_METAVARS = {int: "N", float: "X", Path: "PATH"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,16 +96,32 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
             keywords["default"] = default
         else:
             keywords["type"] = kind
-            keywords["metavar"] = declared.metavar
+            keywords["metavar"] = declared.metavar or _METAVARS.get(kind)
             if declared.choices is not None:
                 keywords["choices"] = declared.choices
             if is_list:
                 keywords["nargs"] = "+"
+                keywords["action"] = _Gather
             if default is dataclasses.MISSING:
                 keywords["required"] = True
             else:
                 keywords["default"] = default
         parser.add_argument(*flags, **keywords)
+
+
+class _Gather(argparse.Action):
+    """A list's flag given again adds to the list; given once it replaces the default."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        given = getattr(namespace, self.dest)
+        is_first = given is self.default
+        setattr(namespace, self.dest, list(values) if is_first else [*given, *values])
 
 
 def from_namespace(settings: type[T], namespace: argparse.Namespace) -> T:
