@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from csm_studio.errors import CsmStudioError
@@ -27,3 +28,26 @@ def run(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
         print("stopped.", file=sys.stderr)
         raise SystemExit(EXIT_INTERRUPTED) from None
     raise SystemExit(0)
+
+
+@contextlib.contextmanager
+def download_line() -> Iterator[Callable[[int, int | None, str], None]]:
+    """Yield a callback (bytes done, bytes in all, file name) that keeps a line on stderr current.
+
+    On anything but a terminal it writes nothing.
+    """
+    last = ""
+
+    def show(done: int, total: int | None, name: str) -> None:
+        nonlocal last
+        share = f" of {total / 1e6:,.0f} MB ({done / total:.0%})" if total else " MB"
+        line = f"downloading {name}: {done / 1e6:,.0f}{share}"
+        if line != last and sys.stderr.isatty():
+            print(f"\r{line:<{len(last)}}", end="", file=sys.stderr, flush=True)
+            last = line
+
+    try:
+        yield show
+    finally:
+        if last:
+            print(file=sys.stderr)

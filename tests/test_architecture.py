@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "csm_studio"
 ROWS = (
     ("errors", "constants", "files", "options", "command", "configs", "fast_blas"),
     ("checkpoints",),
-    ("models", "text", "audio"),
+    ("models", "text", "audio", "model_files"),
     ("model_folder", "dataset"),
     ("training", "generation", "export"),
     ("finetune", "generate", "merge"),

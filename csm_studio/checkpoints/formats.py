@@ -23,6 +23,9 @@ Weights = dict[str, mx.array]
 Shapes = Mapping[str, tuple[int, ...]]
 Renames = tuple[tuple[str, str], ...]
 
+METADATA_KEY = "csm_studio"
+"""Key of the safetensors header under which checkpoints describe themselves, as JSON."""
+
 CODEC_PREFIX = "codec_model."
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -124,6 +127,16 @@ def read_header(path: Path) -> dict[str, str]:
     read_weights(path)
     _, header = cast("tuple[Weights, dict[str, str]]", mx.load(str(path), return_metadata=True))
     return header
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint of this project says of itself, or {} for any other file.
+
+    Raises:
+        WeightsError: The file cannot be read.
+    """
+    described = read_header(path).get(METADATA_KEY)
+    return json.loads(described) if described else {}
 
 
 def read_csm(path: Path, config: CSMConfig, expected: Shapes) -> Weights:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from csm_studio.command import download_line
 from csm_studio.options import add_options, command_line, from_namespace
 
 if TYPE_CHECKING:
@@ -49,13 +50,14 @@ def train(options: LoRAOptions | FullOptions, module: str) -> None:
     resume = find_resume_point(options.resume_from, METADATA_KEY) if options.resume_from else None
     RunDir(Path(options.output_dir), "").refuse_if_taken(resume is not None)
     dataset = read_dataset(options.data_path, options.max_samples)
-    model = load_model(options.model)
+    with download_line() as show_download:
+        model = load_model(options.model, progress=show_download)
     assert model.companions is not None
     with _Bar("encoding audio", "clip") as bar:
         data = prepare_data(dataset, model.companions, options, bar.show)
     _print_notes(data.notes)
     prepare_model(model, options)
-    display = _Display()
+    display = _Display(options.log_every)
     with _StopOnInterrupt() as interrupt:
         trainer = Trainer(model, data, options, display.on_event, interrupt.is_set, resume)
         ended = trainer.run()
@@ -108,10 +110,11 @@ class _Bar:
 class _Display:
     """Draws a run's events: a bar with loss, speed, memory and time left, and one line a check."""
 
-    def __init__(self) -> None:
+    def __init__(self, log_every: int) -> None:
         from tqdm import tqdm
 
         self._tqdm = tqdm
+        self._log_every = log_every
         self._bar: tqdm | None = None
 
     def on_event(self, event: Event) -> None:
@@ -124,14 +127,22 @@ class _Display:
                 f"{event.num_trainable:,} of {event.num_parameters:,} parameters train."
             )
             self._bar = self._tqdm(
-                total=event.total_steps, initial=event.first_step, desc="training", unit="step"
+                desc="training",
+                unit="step",
+                total=event.total_steps,
+                initial=event.first_step,
+                disable=None,
             )
         elif isinstance(event, events.StepDone) and self._bar is not None:
-            self._bar.set_postfix_str(
+            state = (
                 f"loss {event.loss:.3f}, {event.frames_per_s:.0f} frames/s, "
                 f"{event.peak_memory_bytes / 2**30:.2f} GB"
             )
+            self._bar.set_postfix_str(state)
             self._bar.update(1)
+            # Where no terminal shows the bar, a line now and then does.
+            if self._bar.disable and event.step % self._log_every == 0:
+                self._line(f"step {event.step}: {state}, {event.time_left_s:.0f} s left")
         elif isinstance(event, events.Validated):
             best = ", the best so far" if event.is_best else ""
             self._line(f"step {event.step}: validation loss {event.loss:.4f}{best}")

@@ -20,14 +20,11 @@ import mlx.nn as nn
 import numpy as np
 
 from csm_studio.checkpoints import formats
-from csm_studio.checkpoints.formats import flatten
+from csm_studio.checkpoints.formats import METADATA_KEY, flatten, read_description
 from csm_studio.constants import EMBEDDING_TABLES, LORA_ALPHA, LORA_RANK, LORA_TARGETS
 from csm_studio.errors import AdapterError
 from csm_studio.files import atomic_path
 from csm_studio.models.csm import CSM
-
-METADATA_KEY = "csm_studio"
-"""Key of the safetensors header under which checkpoints describe themselves, as JSON."""
 
 _GROUPS = {
     "attn": r"(backbone|decoder)\.layers\.\d+\.self_attn\.[qkvo]_proj",
@@ -350,8 +347,7 @@ def read_adapter_metadata(path: Path | str) -> dict[str, Any]:
     Raises:
         WeightsError: The file cannot be read.
     """
-    described = formats.read_header(Path(path)).get(METADATA_KEY)
-    return json.loads(described) if described else {}
+    return read_description(Path(path))
 
 
 def _stored_spec(path: Path) -> AdapterSpec | None:

@@ -269,7 +269,7 @@ class Trainer:
         return {
             "kind": self.run_dir.kind,
             **adapter,
-            "base_model": self.options.model,
+            "base_model": _base_model(self.options),
             "base_fingerprint": self._base,
             "config": self.model.config.to_dict(),
             "step": step,
@@ -319,6 +319,14 @@ class _Speed:
         total_s = sum(seconds for _, seconds in self._recent)
         frames_per_s = sum(frames for frames, _ in self._recent) / total_s
         return frames_per_s, total_s / len(self._recent) * (self._total_steps - step)
+
+
+def _base_model(options: LoRAOptions | FullOptions) -> str:
+    """Return what to load to have the base again, from any working folder."""
+    if isinstance(options, LoRAOptions) and options.pretrained_path is not None:
+        return str(options.pretrained_path.expanduser().resolve())
+    path = Path(options.model).expanduser()
+    return str(path.resolve()) if path.exists() else options.model
 
 
 def _make_optimizer(options: TrainingOptions) -> optim.Optimizer:
