@@ -223,8 +223,7 @@ def _load_openblas(path: Path) -> ctypes.CDLL:
     Its threads wait for each other in a spin. With a thread on every core, anything else that runs
     (Python building the next graph, the studio, another program) holds up all of them: products
     of 512 x 512 on two cores beside one busy process were 2 to 7 times slower with two threads
-    than with one. The number is fixed while loading, because a pool made smaller afterwards
-    keeps its threads, and they spin.
+    than with one. The number is fixed while loading; a pool made smaller later keeps its threads.
     """
     chosen = _THREADS_VARIABLE not in os.environ
     if chosen:
@@ -251,16 +250,18 @@ def _self_check() -> None:
 
     random = np.random.default_rng(0)
     kinds = (("float32", 1e-5), ("float64", 1e-12), ("complex64", 1e-5))
+    # einsum, because numpy's own BLAS would start its threads.
     for (kind, tolerance), shape in itertools.product(kinds, _CHECKED_SHAPES):
         rows, inner, columns = shape
         left = random.standard_normal((2, rows, inner)).astype(kind)
         right = random.standard_normal((2, inner, columns)).astype(kind)
+        expected = np.einsum("bij,bjk->bik", left, right)
         dtype = getattr(mx, kind)
         a, b = mx.array(left, dtype), mx.array(right, dtype)
         a_columns = _column_major(left, dtype)
         b_columns = _column_major(right, dtype)
         for x, y in ((a, b), (a_columns, b), (a, b_columns), (a_columns, b_columns)):
-            error = np.abs(np.array(mx.matmul(x, y, stream=mx.cpu)) - left @ right).max()
+            error = np.abs(np.array(mx.matmul(x, y, stream=mx.cpu)) - expected).max()
             if not error <= tolerance * inner:
                 raise _NotEnabled(f"OpenBLAS gives wrong {kind} products.")
 

@@ -57,7 +57,7 @@ _CSM_LAYOUTS: tuple[tuple[str, str, Renames], ...] = (
     ("HF transformers", r"^(backbone_model|depth_decoder)\.", _TRANSFORMERS_TO_MLX),
     ("mlx-audio", r"^model\.(backbone|decoder)\.", _MLX_AUDIO_TO_MLX),
     ("Sesame/torchtune", r"^(backbone|decoder)\..*(\.attn\.|_norm\.scale)", _TORCHTUNE_TO_MLX),
-    ("MLX", r"^(backbone|decoder)\.layers\.", ()),
+    ("MLX", r"^(backbone|decoder)\.layers\.\d+\.self_attn\.", ()),
 )
 
 _KYUTAI_TO_OWN: Renames = (
