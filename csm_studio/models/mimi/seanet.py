@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from csm_studio.configs import MimiConfig
-from csm_studio.models.mimi.conv import CausalConv1d, CausalConvTranspose1d, ConvState
+from csm_studio.models.mimi.conv import ELU, CausalConv1d, CausalConvTranspose1d, ConvState
 
 SEANetState = list["ConvState | SEANetState | None"]
 
@@ -24,9 +24,9 @@ class ResidualBlock(nn.Module):
         super().__init__()
         hidden = channels // config.compress
         self.block = [
-            nn.ELU(),
+            ELU(),
             CausalConv1d(channels, hidden, config.residual_kernel_size, dilation=dilation),
-            nn.ELU(),
+            ELU(),
             CausalConv1d(hidden, channels, 1),
         ]
 
@@ -44,9 +44,9 @@ class SEANetEncoder(nn.Module):
         layers: list[nn.Module] = [CausalConv1d(1, channels, config.kernel_size)]
         for ratio in reversed(config.upsampling_ratios):
             layers += _residual_blocks(config, channels)
-            layers += [nn.ELU(), CausalConv1d(channels, 2 * channels, 2 * ratio, stride=ratio)]
+            layers += [ELU(), CausalConv1d(channels, 2 * channels, 2 * ratio, stride=ratio)]
             channels *= 2
-        layers += [nn.ELU(), CausalConv1d(channels, config.hidden_size, config.last_kernel_size)]
+        layers += [ELU(), CausalConv1d(channels, config.hidden_size, config.last_kernel_size)]
         self.layers = layers
 
     def __call__(self, x: mx.array, state: SEANetState | None = None) -> mx.array:
@@ -64,8 +64,8 @@ class SEANetDecoder(nn.Module):
         for ratio in config.upsampling_ratios:
             upsample = CausalConvTranspose1d(channels, channels // 2, 2 * ratio, ratio)
             channels //= 2
-            layers += [nn.ELU(), upsample, *_residual_blocks(config, channels)]
-        layers += [nn.ELU(), CausalConv1d(channels, 1, config.last_kernel_size)]
+            layers += [ELU(), upsample, *_residual_blocks(config, channels)]
+        layers += [ELU(), CausalConv1d(channels, 1, config.last_kernel_size)]
         self.layers = layers
 
     def __call__(self, x: mx.array, state: SEANetState | None = None) -> mx.array:
