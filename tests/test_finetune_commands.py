@@ -126,6 +126,19 @@ def test_adapter_finds_its_base_from_another_folder(workplace: Path) -> None:
     assert spoken.returncode == 0, spoken.stderr
 
 
+def test_resumed_run_goes_on_in_its_own_folder(workplace: Path) -> None:
+    flags = (*COMMON, "--output-dir", "mine")
+    assert run(workplace, LORA, *flags, "--epochs", "1").returncode == 0
+    again = run(workplace, LORA, *COMMON, "--epochs", "2", "--resume-from", "mine")
+    assert again.returncode == 0, again.stderr
+    assert (workplace / "mine/lora_ckpt_epoch_2.safetensors").exists()
+    assert not (workplace / "lora_finetune_output").exists()
+    done = run(workplace, LORA, *COMMON, "--epochs", "2", "--resume-from", "mine")
+    assert done.returncode == 2
+    assert "Raise --epochs" in done.stderr
+    assert json.loads((workplace / "mine/run.json").read_text())["status"] == "finished"
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -271,6 +271,19 @@ def test_folder_in_use_is_refused_and_that_of_a_killed_run_resumed(
     assert ended.outcome == "finished"
 
 
+def test_resume_into_the_folder_of_another_run_is_refused(
+    make_base: Callable[[], CSM], data: TrainingData, tmp_path: Path
+) -> None:
+    for name in ("mine", "other"):
+        options = lora_options(tmp_path / name)
+        stop = StopAfter(2)
+        Trainer(prepare_model(make_base(), options), data, options, stop.on_event, stop).run()
+    resume = find_resume_point(tmp_path / "mine", METADATA_KEY)
+    options = lora_options(tmp_path / "other")
+    with pytest.raises(TrainingError, match="other: holds a run already"):
+        Trainer(prepare_model(make_base(), options), data, options, resume=resume).run()
+
+
 def test_resume_with_other_settings_names_them(
     make_base: Callable[[], CSM], data: TrainingData, tmp_path: Path
 ) -> None:

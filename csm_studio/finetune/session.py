@@ -48,7 +48,10 @@ def train(options: LoRAOptions | FullOptions, module: str) -> None:
     from csm_studio.training.trainer import Trainer
 
     resume = find_resume_point(options.resume_from, METADATA_KEY) if options.resume_from else None
-    RunDir(Path(options.output_dir), "").refuse_if_taken(resume is not None)
+    if resume is not None and options.output_dir == type(options).output_dir:
+        # Not told otherwise, a run goes on in its own folder.
+        options.output_dir = resume.checkpoint.parent
+    RunDir(Path(options.output_dir), "").refuse_if_taken(resume)
     dataset = read_dataset(options.data_path, options.max_samples)
     with download_line() as show_download:
         model = load_model(options.model, progress=show_download)

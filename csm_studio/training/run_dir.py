@@ -77,8 +77,8 @@ class RunDir:
         Raises:
             TrainingError: A live process trains here, or the folder holds another run.
         """
-        self.refuse_if_taken(resume is not None)
-        if resume is not None and resume.checkpoint.parent.resolve() == self.root.resolve():
+        self.refuse_if_taken(resume)
+        if resume is not None and self._holds(resume):
             previous = _read_manifest(self.root)
             self.checkpoints = [
                 Checkpoint(**entry)
@@ -89,8 +89,8 @@ class RunDir:
         self._manifest = dict(description)
         self.mark("running")
 
-    def refuse_if_taken(self, resuming: bool) -> None:
-        """Raise `TrainingError` if a process trains here or, unless resuming, another run did.
+    def refuse_if_taken(self, resume: ResumePoint | None) -> None:
+        """Raise `TrainingError` if a process trains here, or the folder holds another run.
 
         Called before slow preparations, and again by `claim`.
         """
@@ -100,13 +100,16 @@ class RunDir:
                 f"{self.root}: process {previous['pid']} is training here. Choose another "
                 "--output-dir, or stop that run first."
             )
-        if previous and not resuming:
+        if previous and not self._holds(resume):
             raise TrainingError(
                 f"{self.root}: holds a run already ({previous.get('status')}). Choose another "
                 f"--output-dir, or go on with it by --resume-from {self.root}"
             )
         if self.root.exists() and not self.root.is_dir():
             raise TrainingError(f"{self.root}: is a file. Choose another --output-dir.")
+
+    def _holds(self, resume: ResumePoint | None) -> bool:
+        return resume is not None and resume.checkpoint.parent.resolve() == self.root.resolve()
 
     def mark(self, status: str, error: str | None = None) -> None:
         """Write the manifest with a new status."""

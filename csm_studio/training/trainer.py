@@ -101,6 +101,11 @@ class Trainer:
                 finite (the last checkpoint stays).
         """
         first_step = self._restore() if self._resume else 0
+        if first_step >= self.total_steps:
+            raise TrainingError(
+                f"The run has taken all its {self.total_steps} steps already. Raise --epochs to "
+                "train further."
+            )
         self.run_dir.claim(self._describe(first_step), self._resume)
         try:
             ended = self._loop(first_step)
@@ -129,7 +134,6 @@ class Trainer:
         if first_step == 0:
             self._validate(0)
         speed = _Speed(self.total_steps)
-        checkpoint = self._resume.checkpoint if self._resume else None
         window: list[events.StepDone] = []
         mx.reset_peak_memory()
         for step in range(first_step + 1, self.total_steps + 1):
@@ -148,13 +152,8 @@ class Trainer:
             if ends_epoch or on_schedule or stops:
                 checkpoint = self._save(step, ends_epoch)
             if stops:
-                assert checkpoint is not None
                 return events.RunEnded("stopped", step, checkpoint)
-        if checkpoint is None or first_step >= self.total_steps:
-            raise TrainingError(
-                f"The run has taken all its {self.total_steps} steps already. Raise --epochs to "
-                "train further."
-            )
+        # The last step ends an epoch, so it was saved.
         return events.RunEnded("finished", self.total_steps, checkpoint)
 
     def _step(self, step: int) -> tuple[events.StepDone, int]:
