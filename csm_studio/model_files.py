@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from csm_studio.checkpoints import hub
-from csm_studio.checkpoints.formats import CODEC_PREFIX, read_description, read_weights
+from csm_studio.checkpoints.formats import CODEC_PREFIX
 from csm_studio.checkpoints.sources import (
     CONFIG_FILE,
     DEFAULT_CSM,
@@ -20,6 +20,7 @@ from csm_studio.checkpoints.sources import (
     TOKENIZER_FILE,
     WEIGHT_FILES,
 )
+from csm_studio.checkpoints.weights import read_description, read_weights
 from csm_studio.configs import CSMConfig, MimiConfig, csm_1b
 from csm_studio.errors import (
     AdapterError,

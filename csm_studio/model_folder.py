@@ -13,9 +13,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from csm_studio.checkpoints.formats import Weights, flatten
 from csm_studio.checkpoints.hub import Progress
 from csm_studio.checkpoints.sources import CONFIG_FILE, TOKENIZER_FILE
+from csm_studio.checkpoints.weights import Weights, flatten
 from csm_studio.configs import CSMConfig, MimiConfig, csm_1b
 from csm_studio.errors import AdapterError, ConfigError, OptionError, WeightsError
 from csm_studio.files import atomic_path, write_json, write_text
@@ -30,8 +30,8 @@ from csm_studio.model_files import (
     find_model,
     read_config,
 )
+from csm_studio.models.adapters import load_lora_weights
 from csm_studio.models.csm import CSM, Companions
-from csm_studio.models.lora import load_lora_weights
 from csm_studio.models.mimi.codec import Mimi
 from csm_studio.text.tokenizer import TextTokenizer
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from csm_studio import generate, load_model
 from csm_studio.finetune.lora import load_lora_weights
-from csm_studio.models.lora import read_adapter_metadata
+from csm_studio.models.adapters import read_adapter_metadata
 
 OUTPUT = "finetuned_output.wav"
 

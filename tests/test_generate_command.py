@@ -23,7 +23,8 @@ from csm_studio.configs import CSMConfig, MimiConfig
 from csm_studio.errors import CsmStudioError
 from csm_studio.generation.generator import generate
 from csm_studio.model_folder import load_model, save_model_folder
-from csm_studio.models.lora import apply_lora_to_model, save_lora_weights
+from csm_studio.models.adapters import save_lora_weights
+from csm_studio.models.lora import apply_lora_to_model
 from tests.tiny_voice import make_voice
 
 ROOT = Path(__file__).parents[1]

@@ -11,19 +11,21 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 
-from csm_studio.checkpoints.formats import flatten
+from csm_studio.checkpoints.weights import fingerprint, flatten
 from csm_studio.configs import CSMConfig, csm_1b
 from csm_studio.dataset.batches import build_batch
 from csm_studio.errors import AdapterError, WeightsError
+from csm_studio.models.adapters import (
+    load_lora_weights,
+    read_adapter_metadata,
+    save_lora_weights,
+)
 from csm_studio.models.csm import CSM
 from csm_studio.models.lora import (
     apply_lora_to_model,
     base_fingerprint,
-    load_lora_weights,
     merge_lora_weights,
-    read_adapter_metadata,
     resolve_targets,
-    save_lora_weights,
     train_embeddings,
 )
 from csm_studio.training.loss import CodebookWeights, DepthSample, batch_loss, cross_entropies
@@ -239,6 +241,30 @@ def test_damaged_adapter_file_lists_what_differs(
     assert "missing projection.lora_a" in message
     assert "unexpected stray" in message
     assert "codebook0_head.lora_b has shape (8, 5)" in message
+
+
+def test_refused_adapter_leaves_a_plain_model_plain(
+    make_model: Callable[[], CSM], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.safetensors"
+    save_lora_weights(apply_lora_to_model(make_model()), path)
+    tensors, header = mx.load(str(path), return_metadata=True)
+    mx.eval(tensors)
+    tensors.popitem()
+    mx.save_safetensors(str(path), tensors, header)
+    model = make_model()
+    with pytest.raises(WeightsError, match="missing"):
+        load_lora_weights(model, path)
+    assert model.adapter is None
+    np.testing.assert_array_equal(outputs(model), outputs(make_model()))
+
+
+def test_fingerprint_counts_beyond_float32() -> None:
+    # 2^24 + 1 places: in float32 the last one would be rounded past the end.
+    large = mx.zeros(2**24 + 2, dtype=mx.bfloat16)
+    other = mx.zeros(2**24 + 2, dtype=mx.bfloat16)
+    other[-1] = 1.0
+    assert fingerprint({"t": large}) != fingerprint({"t": other})
 
 
 def test_csm_1b_has_the_published_size() -> None:

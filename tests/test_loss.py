@@ -12,7 +12,8 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 
-from csm_studio.checkpoints.formats import flatten, read_csm, shapes_of
+from csm_studio.checkpoints.formats import read_csm
+from csm_studio.checkpoints.weights import flatten, shapes_of
 from csm_studio.configs import CSMConfig
 from csm_studio.dataset.batches import Batch, Example, Turn, build_batch
 from csm_studio.models.csm import CSM

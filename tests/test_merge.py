@@ -16,8 +16,9 @@ from csm_studio.export import merge as export_merge
 from csm_studio.export.merge import merge_adapter, probe_logits
 from csm_studio.generation.generator import generate
 from csm_studio.model_folder import load_model, save_model_folder
+from csm_studio.models.adapters import save_lora_weights
 from csm_studio.models.csm import CSM
-from csm_studio.models.lora import apply_lora_to_model, save_lora_weights, train_embeddings
+from csm_studio.models.lora import apply_lora_to_model, train_embeddings
 from tests.tiny_voice import make_voice
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from csm_studio import model_files, model_folder
-from csm_studio.checkpoints.formats import flatten, to_transformers_csm
+from csm_studio.checkpoints.formats import to_transformers_csm
+from csm_studio.checkpoints.weights import flatten
 from csm_studio.configs import CSMConfig, MimiConfig, csm_1b
 from csm_studio.errors import (
     AdapterError,
@@ -25,8 +26,9 @@ from csm_studio.errors import (
 )
 from csm_studio.export.merge import probe_logits
 from csm_studio.model_folder import check_companions, load_model, save_model_folder
+from csm_studio.models.adapters import save_lora_weights
 from csm_studio.models.csm import CSM, Companions
-from csm_studio.models.lora import apply_lora_to_model, save_lora_weights
+from csm_studio.models.lora import apply_lora_to_model
 from tests.tiny_voice import make_voice, write_tokenizer
 
 

@@ -13,12 +13,12 @@ import numpy as np
 import psutil
 import pytest
 
-from csm_studio.checkpoints.formats import flatten
+from csm_studio.checkpoints.weights import METADATA_KEY, flatten
 from csm_studio.configs import CSMConfig
 from csm_studio.dataset.batches import build_batch, epoch_batches
 from csm_studio.errors import AdapterError, OptionError, TrainingError
+from csm_studio.models.adapters import load_lora_weights, read_adapter_metadata
 from csm_studio.models.csm import CSM
-from csm_studio.models.lora import METADATA_KEY, load_lora_weights, read_adapter_metadata
 from csm_studio.training import events
 from csm_studio.training.config import FullOptions, LoRAOptions
 from csm_studio.training.prepare import TrainingData, prepare_model

@@ -9,12 +9,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from csm_studio.checkpoints.formats import (
-    flatten,
-    read_csm,
-    shapes_of,
-    to_transformers_csm,
-)
+from csm_studio.checkpoints.formats import read_csm, to_transformers_csm
+from csm_studio.checkpoints.weights import flatten, shapes_of
 from csm_studio.configs import CSMConfig, MimiConfig
 from csm_studio.errors import WeightsError
 from csm_studio.models.csm import CSM

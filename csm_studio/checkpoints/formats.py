@@ -1,33 +1,24 @@
 """Weight layouts of CSM and Mimi, recognised by their keys, as rename tables.
 
 CSM: MLX (`senstella/csm-1b-mlx`, with mlx-audio's `model.` prefix too), Sesame/torchtune and HF
-transformers. Mimi: this project's own, kyutai and HF transformers (alone or inside a CSM). Only
-safetensors files are read; nothing is ever unpickled.
+transformers. Mimi: this project's own, kyutai and HF transformers (alone or inside a CSM).
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
+from csm_studio.checkpoints.weights import Shapes, Weights, check_shapes, read_weights
 from csm_studio.configs import CSMConfig, LlamaConfig, MimiConfig
 from csm_studio.errors import WeightsError
 
-Weights = dict[str, mx.array]
-Shapes = Mapping[str, tuple[int, ...]]
 Renames = tuple[tuple[str, str], ...]
 
-METADATA_KEY = "csm_studio"
-"""Key of the safetensors header under which checkpoints describe themselves, as JSON."""
-
 CODEC_PREFIX = "codec_model."
-INDEX_NAME = "model.safetensors.index.json"
 
 _TORCHTUNE_TO_MLX: Renames = (
     (r"\.attn\.output_proj\.", ".self_attn.o_proj."),
@@ -83,60 +74,6 @@ _TRANSFORMERS_MIMI_TO_OWN: Renames = (
     (r"^quantizer\.semantic_residual_vector_quantizer\.", "quantizer.semantic."),
     (r"^quantizer\.acoustic_residual_vector_quantizer\.", "quantizer.acoustic."),
 )
-
-
-def read_weights(path: Path) -> Weights:
-    """Read a safetensors file, an index of shards, or a folder that holds either.
-
-    Args:
-        path: `NAME.safetensors`, `model.safetensors.index.json` or a folder.
-
-    Returns:
-        Arrays by the names in the file. They are read when first evaluated.
-
-    Raises:
-        WeightsError: Nothing readable is there, or the file is of a kind that is not read.
-    """
-    if not path.exists():
-        raise WeightsError(f"{path}: not found. Check the path, or download the file first.")
-    if path.is_dir():
-        return read_weights(_weights_in(path))
-    if path.name.endswith(".index.json"):
-        return _read_shards(path)
-    if path.suffix != ".safetensors":
-        raise WeightsError(
-            f"{path}: only .safetensors weights are read; pickled files (.pt, .bin, .ckpt) could "
-            "run code. Get the model as safetensors."
-        )
-    try:
-        loaded = mx.load(str(path))
-    except RuntimeError as error:
-        raise WeightsError(
-            f"{path}: not a readable safetensors file ({error}). Download it again."
-        ) from error
-    assert isinstance(loaded, dict)
-    return loaded
-
-
-def read_header(path: Path) -> dict[str, str]:
-    """Return the text metadata of a safetensors file.
-
-    Raises:
-        WeightsError: The file cannot be read.
-    """
-    read_weights(path)
-    _, header = cast("tuple[Weights, dict[str, str]]", mx.load(str(path), return_metadata=True))
-    return header
-
-
-def read_description(path: Path) -> dict[str, Any]:
-    """Return what a checkpoint of this project says of itself, or {} for any other file.
-
-    Raises:
-        WeightsError: The file cannot be read.
-    """
-    described = read_header(path).get(METADATA_KEY)
-    return json.loads(described) if described else {}
 
 
 def read_csm(path: Path, config: CSMConfig, expected: Shapes) -> Weights:
@@ -220,61 +157,6 @@ def to_transformers_csm(weights: Weights, config: CSMConfig) -> Weights:
         (r"^decoder\.", "depth_decoder.model."),
     )
     return _rename(permuted, renames)
-
-
-def for_device(weights: Weights) -> Weights:
-    """Return the weights in the dtype that suits the default device.
-
-    Half precision never uses the BLAS of a CPU (MLX 0.32), so weights become float32 there; a GPU
-    keeps what the file holds.
-    """
-    if mx.default_device().type != mx.DeviceType.cpu:
-        return weights
-    return {name: value.astype(mx.float32) for name, value in weights.items()}
-
-
-def check_shapes(weights: Weights, expected: Shapes, what: str) -> None:
-    """Raise one `WeightsError` if names or shapes differ from what a model expects."""
-    problems = [f"missing {name} {expected[name]}" for name in expected.keys() - weights.keys()]
-    problems += [
-        f"unexpected {name} {tuple(weights[name].shape)}"
-        for name in weights.keys() - expected.keys()
-    ]
-    problems += [
-        f"{name} has shape {tuple(weights[name].shape)}, not {expected[name]}"
-        for name in expected.keys() & weights.keys()
-        if tuple(weights[name].shape) != tuple(expected[name])
-    ]
-    if problems:
-        lines = "\n".join(f"  - {problem}" for problem in sorted(problems))
-        raise WeightsError(
-            f"{what}: does not fit this model, {len(problems)} tensors differ. Use the config.json "
-            f"that came with these weights.\n{lines}"
-        )
-
-
-def _weights_in(folder: Path) -> Path:
-    for name in (INDEX_NAME, "model.safetensors", "ckpt.safetensors"):
-        if (folder / name).is_file():
-            return folder / name
-    raise WeightsError(
-        f"{folder}: holds no model.safetensors, ckpt.safetensors or {INDEX_NAME}. "
-        "Name the weights file itself."
-    )
-
-
-def _read_shards(index: Path) -> Weights:
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
-        raise WeightsError(f"{index}: not an index of shards. Download it again.") from error
-    missing = [name for name in sorted(names) if not (index.parent / name).is_file()]
-    if missing:
-        raise WeightsError(f"{index}: shards missing beside it: {', '.join(missing)}.")
-    weights: Weights = {}
-    for name in sorted(names):
-        weights.update(read_weights(index.parent / name))
-    return weights
 
 
 def _rename(weights: Mapping[str, mx.array], renames: Renames) -> Weights:
@@ -368,16 +250,6 @@ def _orient_convolutions(weights: Weights, config: MimiConfig) -> None:
     for key, value in weights.items():
         if key.endswith(".weight") and value.ndim == 3:
             weights[key] = value.transpose(1, 2, 0) if key in transposed else value.swapaxes(1, 2)
-
-
-def flatten(tree: Any) -> Weights:
-    """Return the arrays of a parameter tree by dotted name."""
-    return dict(cast("list[tuple[str, mx.array]]", tree_flatten(tree)))
-
-
-def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a parameter tree's arrays by dotted name."""
-    return {name: tuple(value.shape) for name, value in flatten(tree).items()}
 
 
 def _sample(weights: Mapping[str, mx.array]) -> str:

@@ -40,9 +40,9 @@ def train(options: LoRAOptions | FullOptions, module: str) -> None:
         module: The command's name, for the hint on how to resume.
     """
     # Imported here, so that --help does not wait for MLX.
+    from csm_studio.checkpoints.weights import METADATA_KEY
     from csm_studio.dataset.records import read_dataset
     from csm_studio.model_folder import load_model
-    from csm_studio.models.lora import METADATA_KEY
     from csm_studio.training.prepare import prepare_data, prepare_model
     from csm_studio.training.run_dir import RunDir, find_resume_point
     from csm_studio.training.trainer import Trainer

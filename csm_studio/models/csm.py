@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from csm_studio.checkpoints import formats
+from csm_studio.checkpoints.formats import read_csm
+from csm_studio.checkpoints.weights import for_device, shapes_of
 from csm_studio.configs import CSMConfig
 from csm_studio.models.llama import KVCache, LlamaModel
 
@@ -162,9 +163,9 @@ class CSM(nn.Module):
         if not isinstance(file_or_weights, (str, Path)):
             super().load_weights(list(file_or_weights), strict=strict)
             return self
-        expected = formats.shapes_of(self.parameters())
-        weights = formats.read_csm(Path(file_or_weights), self.config, expected)
-        super().load_weights(list(formats.for_device(weights).items()), strict=True)
+        expected = shapes_of(self.parameters())
+        weights = read_csm(Path(file_or_weights), self.config, expected)
+        super().load_weights(list(for_device(weights).items()), strict=True)
         mx.eval(self.parameters())
         return self
 

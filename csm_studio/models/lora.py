@@ -1,4 +1,4 @@
-"""Low-rank adaptation (LoRA) of a CSM: apply, save, load and merge adapters.
+"""Low-rank adaptation (LoRA) of a CSM: apply and merge adapters.
 
 An adapted layer keeps its weight's name, frozen, and gains `lora_a` and `lora_b`, so that its
 output grows by `scale * (x @ lora_a) @ lora_b` with `scale = alpha / rank`. `lora_b` starts at
@@ -8,22 +8,16 @@ zero: a fresh adapter changes nothing. Source: Hu et al. 2021, arXiv:2106.09685.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
-from csm_studio.checkpoints import formats
-from csm_studio.checkpoints.formats import METADATA_KEY, flatten, read_description
+from csm_studio.checkpoints.weights import fingerprint, flatten
 from csm_studio.constants import EMBEDDING_TABLES, LORA_ALPHA, LORA_RANK, LORA_TARGETS
 from csm_studio.errors import AdapterError
-from csm_studio.files import atomic_path
 from csm_studio.models.csm import CSM
 
 _GROUPS = {
@@ -31,7 +25,6 @@ _GROUPS = {
     "mlp": r"(backbone|decoder)\.layers\.\d+\.mlp\.(gate|up|down)_proj",
 }
 _AUDIO_HEAD = "audio_head"
-_FINGERPRINT_SAMPLES = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,92 +226,14 @@ def resolve_targets(model: CSM, names: Sequence[str]) -> list[str]:
 
 
 def base_fingerprint(model: nn.Module) -> str:
-    """Return a short hash that tells base models apart, whatever dtype they are held in.
-
-    It covers every base tensor's name and shape and 64 of its values, rounded to bf16, so that
-    it costs milliseconds at any size.
-    """
-    digest = hashlib.sha256()
-    tensors = sorted(
-        (name.replace(f"{_AUDIO_HEAD}.weight", _AUDIO_HEAD), value)
-        for name, value in flatten(model.parameters()).items()
-        if "lora_" not in name
+    """Return the fingerprint of a model's weights, its adapter left out."""
+    return fingerprint(
+        {
+            name.replace(f"{_AUDIO_HEAD}.weight", _AUDIO_HEAD): value
+            for name, value in flatten(model.parameters()).items()
+            if "lora_" not in name
+        }
     )
-    samples = []
-    for _, value in tensors:
-        at = mx.linspace(0, value.size - 1, _FINGERPRINT_SAMPLES).astype(mx.int32)
-        samples.append(value.reshape(-1)[at].astype(mx.bfloat16).astype(mx.float32))
-    mx.eval(samples)
-    for (name, value), sample in zip(tensors, samples, strict=True):
-        digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(np.array(sample).tobytes())
-    return digest.hexdigest()[:16]
-
-
-def adapter_tensors(model: CSM) -> dict[str, mx.array]:
-    """Return what an adapter file holds: the LoRA matrices and directly trained embeddings."""
-    spec = _spec(model)
-    whole = {f"{name}.weight" for name in EMBEDDING_TABLES} if spec.train_embeddings else set()
-    return {
-        name: value
-        for name, value in flatten(model.parameters()).items()
-        if name in whole or name.rsplit(".", 1)[-1] in ("lora_a", "lora_b")
-    }
-
-
-def save_lora_weights(
-    model: CSM, path: Path | str, metadata: Mapping[str, Any] | None = None
-) -> None:
-    """Write a model's adapter, atomically, with all that loading needs in the file's header.
-
-    Args:
-        model: A model with an adapter.
-        path: `NAME.safetensors`.
-        metadata: More to keep in the header, such as the base's name and the training settings.
-    """
-    header = {"kind": "lora", **dataclasses.asdict(_spec(model)), **(metadata or {})}
-    with atomic_path(Path(path)) as temporary:
-        mx.save_safetensors(
-            str(temporary), adapter_tensors(model), {METADATA_KEY: json.dumps(header)}
-        )
-
-
-def load_lora_weights(model: CSM, path: Path | str) -> CSM:
-    """Load an adapter into a model, giving it the adapter's structure if it has none.
-
-    Args:
-        model: The base that the adapter was trained on, plain or with LoRA applied alike.
-        path: A file written by `save_lora_weights`.
-
-    Returns:
-        The same model.
-
-    Raises:
-        AdapterError: The adapter is of another base, rank, alpha or target set; the message names
-            the difference. A model that was plain is plain again.
-        WeightsError: The file cannot be read.
-    """
-    path = Path(path)
-    weights = formats.read_weights(path)
-    stored = _stored_spec(path)
-    applied_here = model.adapter is None
-    if applied_here:
-        if stored is None:
-            raise AdapterError(
-                f"{path}: the file does not describe its adapter. Call apply_lora_to_model with "
-                "the rank, alpha and target modules of its training first."
-            )
-        _check_base(path, stored, base_fingerprint(model))
-        apply_lora_to_model(model, stored.rank, stored.alpha, stored.target_modules)
-    elif stored is not None:
-        _check_same(path, model, stored)
-    if stored is not None and stored.train_embeddings and not _spec(model).train_embeddings:
-        train_embeddings(model)
-    expected = {name: tuple(value.shape) for name, value in adapter_tensors(model).items()}
-    formats.check_shapes(weights, expected, f"{path} (LoRA adapter)")
-    model.load_weights(list(weights.items()), strict=False)
-    mx.eval(model.parameters())
-    return model
 
 
 def merge_lora_weights(model: CSM) -> CSM:
@@ -330,7 +245,7 @@ def merge_lora_weights(model: CSM) -> CSM:
     Raises:
         AdapterError: The model has no adapter.
     """
-    _spec(model)
+    adapter_spec(model)
     for path, module in model.named_modules():
         if isinstance(module, (LoRALinear, LoRAEmbedding, LoRAHeads)):
             parent, name = _parent(model, path)
@@ -341,65 +256,12 @@ def merge_lora_weights(model: CSM) -> CSM:
     return model
 
 
-def read_adapter_metadata(path: Path | str) -> dict[str, Any]:
-    """Return what a checkpoint says of itself in its header, or {} if it says nothing.
+def adapter_spec(model: CSM) -> AdapterSpec:
+    """Return what adapter a model has.
 
     Raises:
-        WeightsError: The file cannot be read.
+        AdapterError: It has none.
     """
-    return read_description(Path(path))
-
-
-def _stored_spec(path: Path) -> AdapterSpec | None:
-    header = read_adapter_metadata(path)
-    if not header:
-        return None
-    if header.get("kind") != "lora":
-        raise AdapterError(
-            f"{path}: a {header.get('kind')} checkpoint, not a LoRA adapter. Load it as a model."
-        )
-    return AdapterSpec(
-        rank=header["rank"],
-        alpha=header["alpha"],
-        target_modules=tuple(header["target_modules"]),
-        base_fingerprint=header["base_fingerprint"],
-        train_embeddings=header["train_embeddings"],
-    )
-
-
-def _check_base(path: Path, stored: AdapterSpec, fingerprint: str) -> None:
-    if stored.base_fingerprint != fingerprint:
-        name = read_adapter_metadata(path).get("base_model", "another model")
-        raise AdapterError(
-            f"{path}: the adapter belongs to another base model ({name}, fingerprint "
-            f"{stored.base_fingerprint}); this model's fingerprint is {fingerprint}. Load the base "
-            "it was trained on."
-        )
-
-
-def _check_same(path: Path, model: CSM, stored: AdapterSpec) -> None:
-    applied = _spec(model)
-    _check_base(path, stored, applied.base_fingerprint)
-    differences = [
-        f"{what} is {theirs} in the file and {ours} in the model"
-        for what, theirs, ours in (
-            ("rank", stored.rank, applied.rank),
-            ("alpha", stored.alpha, applied.alpha),
-        )
-        if theirs != ours
-    ]
-    theirs, ours = set(stored.target_modules), set(applied.target_modules)
-    if theirs != ours:
-        differences.append(f"target_modules are {sorted(theirs)} in the file and {sorted(ours)}")
-    if differences:
-        raise AdapterError(
-            f"{path}: the adapter does not fit the LoRA structure of the model: "
-            f"{'; '.join(differences)}. Call apply_lora_to_model with the file's values, or load "
-            "into a plain model, which takes them from the file."
-        )
-
-
-def _spec(model: CSM) -> AdapterSpec:
     if model.adapter is None:
         raise AdapterError("The model has no LoRA adapter. Call apply_lora_to_model first.")
     return model.adapter

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from csm_studio.checkpoints.formats import flatten
+from csm_studio.checkpoints.weights import fingerprint, flatten
 from csm_studio.constants import FRAME_MS, MAX_CONTEXT_FRAMES
 from csm_studio.dataset.batches import Example, Turn
 from csm_studio.dataset.codes import CodeStore, encode_clips
@@ -17,7 +17,7 @@ from csm_studio.dataset.records import Clip, Dataset
 from csm_studio.errors import DatasetError, TrainingError
 from csm_studio.files import cache_dir
 from csm_studio.models.csm import CSM, Companions
-from csm_studio.models.lora import apply_lora_to_model, base_fingerprint, train_embeddings
+from csm_studio.models.lora import apply_lora_to_model, train_embeddings
 from csm_studio.training.config import FullOptions, LoRAOptions, TrainingOptions
 
 Progress = Callable[[int, int], None]
@@ -57,7 +57,7 @@ def prepare_data(
     """
     clips = dataset.clips
     root = options.cache_dir or cache_dir() / "codes"
-    store = CodeStore(root, base_fingerprint(companions.codec))
+    store = CodeStore(root, fingerprint(flatten(companions.codec.parameters())))
     codes = encode_clips(clips, companions.codec, store, progress=progress)
     notes = list(dataset.notes)
     masked = set(options.mask_speaker_ids)

@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 import psutil
 
-from csm_studio.checkpoints.formats import read_header, read_weights
+from csm_studio.checkpoints.weights import read_header, read_weights
 from csm_studio.errors import TrainingError, WeightsError
 from csm_studio.files import atomic_path, write_json
 

@@ -20,11 +20,12 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map, tree_unflatten
 
-from csm_studio.checkpoints.formats import flatten, read_weights
+from csm_studio.checkpoints.weights import METADATA_KEY, flatten, read_weights
 from csm_studio.dataset.batches import Batch, build_batch, epoch_batches
 from csm_studio.errors import TrainingError
+from csm_studio.models.adapters import adapter_tensors
 from csm_studio.models.csm import CSM
-from csm_studio.models.lora import METADATA_KEY, adapter_tensors, base_fingerprint
+from csm_studio.models.lora import base_fingerprint
 from csm_studio.training import events
 from csm_studio.training.config import FullOptions, LoRAOptions, TrainingOptions
 from csm_studio.training.loss import (

@@ -13,7 +13,8 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from csm_studio.checkpoints import formats
+from csm_studio.checkpoints.formats import read_mimi
+from csm_studio.checkpoints.weights import shapes_of
 from csm_studio.configs import MimiConfig
 from csm_studio.constants import SAMPLES_PER_FRAME
 from csm_studio.models.mimi import seanet
@@ -128,8 +129,8 @@ class Mimi(nn.Module):
         Raises:
             WeightsError: Lists every missing, unexpected and misshapen tensor.
         """
-        expected = formats.shapes_of(self.parameters())
-        weights = formats.read_mimi(path, self.config, expected)
+        expected = shapes_of(self.parameters())
+        weights = read_mimi(path, self.config, expected)
         # Codes are decided by small distances: float32 everywhere.
         self.load_weights([(name, value.astype(mx.float32)) for name, value in weights.items()])
         mx.eval(self.parameters())
