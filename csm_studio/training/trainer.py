@@ -27,13 +27,14 @@ from csm_studio.models.adapters import adapter_tensors
 from csm_studio.models.csm import CSM
 from csm_studio.models.lora import base_fingerprint
 from csm_studio.training import events
-from csm_studio.training.config import FullOptions, LoRAOptions, TrainingOptions
+from csm_studio.training.config import FullOptions, LoRAOptions
 from csm_studio.training.loss import (
     CodebookWeights,
     DepthSample,
     batch_loss,
     cross_entropies,
 )
+from csm_studio.training.optimizer import learning_rate, make_optimizer
 from csm_studio.training.prepare import TrainingData
 from csm_studio.training.run_dir import Checkpoint, ResumePoint, RunDir
 
@@ -77,7 +78,7 @@ class Trainer:
         kind = "lora" if self._is_lora else "full"
         self.run_dir = RunDir(Path(options.output_dir), kind, options.keep_last)
         self._base = model.adapter.base_fingerprint if model.adapter else base_fingerprint(model)
-        self._optimizer = _make_optimizer(options)
+        self._optimizer = make_optimizer(options)
         num_codebooks = model.config.audio_num_codebooks
         weigh = (
             CodebookWeights.csm_mlx if options.loss == "csm-mlx" else CodebookWeights.transformers
@@ -180,7 +181,7 @@ class Trainer:
                 f"{norm.item():g}). The last checkpoint is kept. Lower --learning-rate, or set "
                 "--max-grad-norm 1 and --warmup-steps."
             )
-        rate = self._learning_rate(step)
+        rate = learning_rate(self.options, step, self.total_steps)
         self._optimizer.learning_rate = rate
         self._optimizer.update(self.model, gradients)
         mx.eval(self.model.trainable_parameters(), self._optimizer.state)
@@ -211,18 +212,6 @@ class Trainer:
 
     def _epoch(self, step: int) -> int:
         return (step - 1) // self.steps_per_epoch + 1
-
-    def _learning_rate(self, step: int) -> float:
-        options = self.options
-        peak, warmup = options.learning_rate, options.warmup_steps
-        if step <= warmup:
-            return peak * step / warmup
-        if options.lr_schedule == "constant":
-            return peak
-        done = (step - warmup - 1) / max(self.total_steps - warmup, 1)
-        if options.lr_schedule == "linear":
-            return peak * (1 - done)
-        return peak * 0.5 * (1 + math.cos(math.pi * done))
 
     def _validate(self, step: int) -> float | None:
         """Return the loss over all held-out examples and report it, or None if there are none."""
@@ -327,15 +316,6 @@ def _base_model(options: LoRAOptions | FullOptions) -> str:
         return str(options.pretrained_path.expanduser().resolve())
     path = Path(options.model).expanduser()
     return str(path.resolve()) if path.exists() else options.model
-
-
-def _make_optimizer(options: TrainingOptions) -> optim.Optimizer:
-    rate, decay = options.learning_rate, options.weight_decay
-    if options.optimizer == "adamw":
-        return optim.AdamW(learning_rate=rate, weight_decay=decay, bias_correction=True)
-    if options.optimizer == "adam":
-        return optim.Adam(learning_rate=rate, bias_correction=True)
-    return optim.SGD(learning_rate=rate, weight_decay=decay)
 
 
 def _check_same_run(resume: ResumePoint, current: Mapping[str, Any]) -> None:
