@@ -334,6 +334,37 @@ def test_frozen_parts_stay(
     }
 
 
+def test_small_steps_are_not_lost_in_half_precision(
+    make_base: Callable[[], CSM], data: TrainingData, tmp_path: Path
+) -> None:
+    base = make_base()
+    base.set_dtype(mx.bfloat16)
+    before = {
+        name: np.array(v.astype(mx.float32)) for name, v in flatten(base.parameters()).items()
+    }
+    options = full_options(tmp_path, epochs=1, learning_rate=1e-5)
+    ended = Trainer(prepare_model(base, options), data, options).run()
+    after = arrays(ended.checkpoint)
+    assert [n for n, value in after.items() if np.array_equal(value, before[n])] == []
+
+
+def test_lora_with_embeddings_keeps_a_half_precision_base_so(
+    make_base: Callable[[], CSM], data: TrainingData, tmp_path: Path
+) -> None:
+    base = make_base()
+    base.set_dtype(mx.bfloat16)
+    options = lora_options(tmp_path, epochs=1, train_embeddings=True)
+    model = prepare_model(base, options)
+    assert model.text_embeddings.weight.dtype == mx.float32
+    assert model.backbone.layers[0].mlp.up_proj.weight.dtype == mx.bfloat16
+    batch = build_batch(data.train[:1])
+    hidden = model.hidden_states(mx.array(batch.tokens), mx.array(batch.mask))
+    assert hidden.dtype == mx.bfloat16
+    codes = mx.array(batch.tokens[0, -3:, :-1])
+    assert model.depth_logits(hidden[0, -3:], codes).dtype == mx.bfloat16
+    assert Trainer(model, data, options).run().outcome == "finished"
+
+
 def test_full_checkpoint_loads_with_the_documented_call(
     make_base: Callable[[], CSM], tiny_csm_config: CSMConfig, data: TrainingData, tmp_path: Path
 ) -> None:

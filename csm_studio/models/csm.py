@@ -63,6 +63,11 @@ class CSM(nn.Module):
             (num_codebooks - 1, depth_width, vocab), scale=depth_width**-0.5
         )
 
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Dtype of activations: that of the backbone's weights, whatever the embeddings' is."""
+        return self.backbone.norm.weight.dtype
+
     def embed_frames(self, tokens: mx.array, mask: mx.array) -> mx.array:
         """Sum the embeddings of each frame's unmasked tokens.
 
@@ -71,13 +76,13 @@ class CSM(nn.Module):
             mask: Boolean or 0/1 (B, T, K + 1): which tokens count.
 
         Returns:
-            (B, T, D) in the weights' dtype.
+            (B, T, D) in the model's dtype.
         """
         num_codebooks = self.config.audio_num_codebooks
-        text = self.text_embeddings(tokens[..., num_codebooks])
+        text = self.text_embeddings(tokens[..., num_codebooks]).astype(self.dtype)
         audio = self.embed_codes(tokens[..., :num_codebooks])
-        # The mask takes the weights' dtype: a float32 mask would promote bf16.
-        mask = mask.astype(text.dtype)
+        # A float32 mask would promote bf16.
+        mask = mask.astype(self.dtype)
         # (B, T, 1, K) @ (B, T, K, D): the masked sum without a masked copy of the embeddings.
         audio_sum = (mask[..., None, :num_codebooks] @ audio).squeeze(-2)
         return audio_sum + text * mask[..., num_codebooks:]
@@ -85,7 +90,8 @@ class CSM(nn.Module):
     def embed_codes(self, codes: mx.array, first_codebook: int = 0) -> mx.array:
         """Look up audio codes (..., k), of codebooks `first_codebook` onwards, as (..., k, D)."""
         offsets = mx.arange(first_codebook, first_codebook + codes.shape[-1])
-        return self.audio_embeddings(codes + offsets * self.config.audio_vocab_size)
+        rows = codes + offsets * self.config.audio_vocab_size
+        return self.audio_embeddings(rows).astype(self.dtype)
 
     def hidden_states(
         self, tokens: mx.array, mask: mx.array, caches: list[KVCache] | None = None

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 
 from csm_studio.checkpoints.weights import fingerprint, flatten
@@ -114,8 +115,13 @@ def prepare_model(model: CSM, options: LoRAOptions | FullOptions) -> CSM:
             model.backbone.freeze()
         if options.freeze_decoder:
             model.decoder.freeze()
-    if not flatten(model.trainable_parameters()):
+    trainable = flatten(model.trainable_parameters())
+    if not trainable:
         raise TrainingError("Nothing is left to train. Freeze less.")
+    # What is trained is held in float32: steps of 1e-5 are lost in bf16, which has 8 bits.
+    widened = [(name, value.astype(mx.float32)) for name, value in trainable.items()]
+    model.load_weights(widened, strict=False)
+    mx.eval(model.parameters())
     model.backbone.gradient_checkpointing = options.gradient_checkpointing
     model.decoder.gradient_checkpointing = options.gradient_checkpointing
     return model
