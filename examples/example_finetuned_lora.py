@@ -13,8 +13,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from csm_studio import generate, load_model
+from csm_studio.checkpoints.weights import read_description
 from csm_studio.finetune.lora import load_lora_weights
-from csm_studio.models.adapters import read_adapter_metadata
 
 OUTPUT = "finetuned_output.wav"
 
@@ -26,7 +26,7 @@ def main() -> None:
     adapter, text, speaker = sys.argv[1], sys.argv[2], int(sys.argv[3])
 
     # The adapter names the model it was trained on, and its rank, alpha and target modules.
-    model = load_model(read_adapter_metadata(adapter)["base_model"])
+    model = load_model(read_description(adapter)["base_model"])
     model = load_lora_weights(model, adapter)
 
     audio = generate(model, text=text, speaker=speaker, context=[], max_audio_length_ms=5000)

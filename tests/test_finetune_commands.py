@@ -90,15 +90,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(workplace: Path, module: s
     hint = re.search(r"To go on:\n +python (.*)", output)
     assert hint is not None, output
 
-    resumed = subprocess.run(
-        [sys.executable, *hint.group(1).split()],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=workplace,
-        env=environment(workplace),
-        timeout=120,
-    )
+    resumed = run(workplace, *hint.group(1).removeprefix("-m ").split())
     assert resumed.returncode == 0, resumed.stderr
     name = "lora_ckpt_epoch_8.safetensors" if module == LORA else "ckpt_epoch_8.safetensors"
     ours, theirs = (tensors(workplace / part / name) for part in ("parts", "whole"))

@@ -11,13 +11,12 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 
-from csm_studio.checkpoints.weights import fingerprint, flatten
+from csm_studio.checkpoints.weights import fingerprint, flatten, read_description
 from csm_studio.configs import CSMConfig, csm_1b
 from csm_studio.dataset.batches import build_batch
 from csm_studio.errors import AdapterError, WeightsError
 from csm_studio.models.adapters import (
     load_lora_weights,
-    read_adapter_metadata,
     save_lora_weights,
 )
 from csm_studio.models.csm import CSM
@@ -147,7 +146,7 @@ def test_saved_adapter_loads_into_a_plain_model(
     loaded = load_lora_weights(make_model(), path)
     np.testing.assert_array_equal(outputs(loaded), outputs(model))
     assert loaded.adapter == model.adapter
-    described = read_adapter_metadata(path)
+    described = read_description(path)
     assert (described["rank"], described["alpha"]) == (3, 5.0)
     assert described["base_model"] == "tiny"
 

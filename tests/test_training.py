@@ -13,11 +13,11 @@ import numpy as np
 import psutil
 import pytest
 
-from csm_studio.checkpoints.weights import METADATA_KEY, flatten
+from csm_studio.checkpoints.weights import METADATA_KEY, flatten, read_description
 from csm_studio.configs import CSMConfig
 from csm_studio.dataset.batches import build_batch, epoch_batches
 from csm_studio.errors import AdapterError, OptionError, TrainingError
-from csm_studio.models.adapters import load_lora_weights, read_adapter_metadata
+from csm_studio.models.adapters import load_lora_weights
 from csm_studio.models.csm import CSM
 from csm_studio.training import events
 from csm_studio.training.config import FullOptions, LoRAOptions
@@ -115,7 +115,7 @@ def test_loss_falls_and_checkpoints_describe_themselves(
     assert kinds[0] is events.RunStarted
     assert kinds[-1] is events.RunEnded
     assert kinds.count(events.StepDone) == 24
-    described = read_adapter_metadata(ended.checkpoint)
+    described = read_description(ended.checkpoint)
     assert described == json.loads(ended.checkpoint.with_suffix(".json").read_text())[METADATA_KEY]
     assert described["rank"] == 8
     assert described["training"]["seed"] == 0
@@ -171,7 +171,7 @@ def test_resume_is_bit_exact(
     assert (stopped.outcome, stopped.step) == ("stopped", stop_at)
     assert json.loads((tmp_path / "parts/run.json").read_text())["status"] == "stopped"
 
-    resume = find_resume_point(tmp_path / "parts", METADATA_KEY)
+    resume = find_resume_point(tmp_path / "parts")
     resumed = Trainer(prepare_model(make_base(), parts), data, parts, resume=resume).run()
     assert_same_files(ended.checkpoint, resumed.checkpoint)
     assert_same_files(state_path(ended.checkpoint), state_path(resumed.checkpoint))
@@ -261,7 +261,7 @@ def test_folder_in_use_is_refused_and_that_of_a_killed_run_resumed(
     parent = psutil.Process(os.getppid())
     manifest.update(status="running", pid=parent.pid, process_started=parent.create_time())
     (tmp_path / "run.json").write_text(json.dumps(manifest))
-    resume = find_resume_point(tmp_path, METADATA_KEY)
+    resume = find_resume_point(tmp_path)
     with pytest.raises(TrainingError, match="is training here"):
         Trainer(prepare_model(make_base(), options), data, options, resume=resume).run()
     # The number was given to another process since: the run was killed.
@@ -278,7 +278,7 @@ def test_resume_into_the_folder_of_another_run_is_refused(
         options = lora_options(tmp_path / name)
         stop = StopAfter(2)
         Trainer(prepare_model(make_base(), options), data, options, stop.on_event, stop).run()
-    resume = find_resume_point(tmp_path / "mine", METADATA_KEY)
+    resume = find_resume_point(tmp_path / "mine")
     options = lora_options(tmp_path / "other")
     with pytest.raises(TrainingError, match="other: holds a run already"):
         Trainer(prepare_model(make_base(), options), data, options, resume=resume).run()
@@ -290,7 +290,7 @@ def test_resume_with_other_settings_names_them(
     options = lora_options(tmp_path)
     stop = StopAfter(2)
     Trainer(prepare_model(make_base(), options), data, options, stop.on_event, stop).run()
-    resume = find_resume_point(tmp_path, METADATA_KEY)
+    resume = find_resume_point(tmp_path)
     other = lora_options(tmp_path, batch_size=4, seed=1)
     with pytest.raises(TrainingError, match=r"--batch-size: 2 then, 4 now(.|\n)*--seed: 0 then"):
         Trainer(prepare_model(make_base(), other), data, other, resume=resume).run()
@@ -303,7 +303,7 @@ def test_resume_without_optimizer_state_is_refused(
     ended = Trainer(prepare_model(make_base(), options), data, options).run()
     state_path(ended.checkpoint).unlink()
     with pytest.raises(TrainingError, match="optimizer's state is lost"):
-        find_resume_point(ended.checkpoint, METADATA_KEY)
+        find_resume_point(ended.checkpoint)
 
 
 def test_infinite_loss_stops_and_keeps_the_checkpoint(

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from csm_studio.audio.io import write_wav
+from csm_studio.checkpoints.weights import read_description
 from csm_studio.configs import CSMConfig, MimiConfig
 from csm_studio.finetune import finetune, finetune_lora
 from csm_studio.model_folder import save_model_folder
-from csm_studio.models.adapters import read_adapter_metadata
 from tests.tiny_voice import make_voice
 
 Train = Callable[..., Path]
@@ -90,7 +90,7 @@ def test_gradient_checkpointing_changes_no_loss(train: Train) -> None:
 def test_masked_speaker_halves_what_is_scored(train: Train) -> None:
     everyone = train([], folder="everyone")
     masked = train(["--mask-speaker-ids", "1"], folder="masked")
-    described = read_adapter_metadata(masked / "lora_ckpt_epoch_2.safetensors")
+    described = read_description(masked / "lora_ckpt_epoch_2.safetensors")
     assert described["training"]["mask_speaker_ids"] == [1]
     assert losses(everyone, "validation")[0] != losses(masked, "validation")[0]
 
@@ -103,5 +103,5 @@ def test_pretrained_weights_replace_the_models_own(train: Train) -> None:
     trained = losses(checkpoint, "validation")[-1]
     assert losses(tuned, "validation")[0] == pytest.approx(trained, rel=1e-5)
     assert losses(own, "validation")[0] != pytest.approx(trained, rel=1e-5)
-    described = read_adapter_metadata(tuned / "lora_ckpt_epoch_2.safetensors")
+    described = read_description(tuned / "lora_ckpt_epoch_2.safetensors")
     assert described["base_model"] == str(path.resolve())

@@ -16,6 +16,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from csm_studio.errors import WeightsError
+from csm_studio.files import atomic_path
 
 Weights = dict[str, mx.array]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -71,14 +72,29 @@ def read_header(path: Path) -> dict[str, str]:
     return header
 
 
-def read_description(path: Path) -> dict[str, Any]:
+def read_description(path: Path | str) -> dict[str, Any]:
     """Return what a checkpoint of this project says of itself, or {} for any other file.
 
     Raises:
         WeightsError: The file cannot be read.
     """
-    described = read_header(path).get(METADATA_KEY)
+    described = read_header(Path(path)).get(METADATA_KEY)
     return json.loads(described) if described else {}
+
+
+def save_weights(
+    path: Path, weights: Mapping[str, mx.array], description: Mapping[str, Any]
+) -> None:
+    """Write a checkpoint that describes itself, atomically; `read_description` reads that back.
+
+    Args:
+        path: `NAME.safetensors`.
+        weights: Arrays by name.
+        description: What the checkpoint says of itself, as JSON can hold it.
+    """
+    with atomic_path(path) as temporary:
+        header = {METADATA_KEY: json.dumps(description)}
+        mx.save_safetensors(str(temporary), dict(weights), header)
 
 
 def for_device(weights: Weights) -> Weights:

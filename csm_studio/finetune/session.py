@@ -40,14 +40,13 @@ def train(options: LoRAOptions | FullOptions, module: str) -> None:
         module: The command's name, for the hint on how to resume.
     """
     # Imported here, so that --help does not wait for MLX.
-    from csm_studio.checkpoints.weights import METADATA_KEY
     from csm_studio.dataset.records import read_dataset
     from csm_studio.model_folder import load_model
     from csm_studio.training.prepare import prepare_data, prepare_model
     from csm_studio.training.run_dir import RunDir, find_resume_point
     from csm_studio.training.trainer import Trainer
 
-    resume = find_resume_point(options.resume_from, METADATA_KEY) if options.resume_from else None
+    resume = find_resume_point(options.resume_from) if options.resume_from else None
     if resume is not None and options.output_dir == type(options).output_dir:
         # Not told otherwise, a run goes on in its own folder.
         options.output_dir = resume.checkpoint.parent

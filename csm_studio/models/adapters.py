@@ -6,7 +6,6 @@ A file describes itself in its header: rank, alpha, targets and the base it belo
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,15 @@ from typing import Any
 import mlx.core as mx
 
 from csm_studio.checkpoints.weights import (
-    METADATA_KEY,
     check_shapes,
     flatten,
     read_description,
     read_weights,
+    save_weights,
+    shapes_of,
 )
 from csm_studio.constants import EMBEDDING_TABLES
 from csm_studio.errors import AdapterError, WeightsError
-from csm_studio.files import atomic_path
 from csm_studio.models.csm import CSM
 from csm_studio.models.lora import (
     AdapterSpec,
@@ -55,11 +54,8 @@ def save_lora_weights(
         path: `NAME.safetensors`.
         metadata: More to keep in the header, such as the base's name and the training settings.
     """
-    header = {"kind": "lora", **dataclasses.asdict(adapter_spec(model)), **(metadata or {})}
-    with atomic_path(Path(path)) as temporary:
-        mx.save_safetensors(
-            str(temporary), adapter_tensors(model), {METADATA_KEY: json.dumps(header)}
-        )
+    description = {"kind": "lora", **dataclasses.asdict(adapter_spec(model)), **(metadata or {})}
+    save_weights(Path(path), adapter_tensors(model), description)
 
 
 def load_lora_weights(model: CSM, path: Path | str) -> CSM:
@@ -93,7 +89,7 @@ def load_lora_weights(model: CSM, path: Path | str) -> CSM:
         _check_same(path, model, stored)
     if stored is not None and stored.train_embeddings and not adapter_spec(model).train_embeddings:
         train_embeddings(model)
-    expected = {name: tuple(value.shape) for name, value in adapter_tensors(model).items()}
+    expected = shapes_of(adapter_tensors(model))
     try:
         check_shapes(weights, expected, f"{path} (LoRA adapter)")
     except WeightsError:
@@ -105,17 +101,8 @@ def load_lora_weights(model: CSM, path: Path | str) -> CSM:
     return model
 
 
-def read_adapter_metadata(path: Path | str) -> dict[str, Any]:
-    """Return what a checkpoint says of itself in its header, or {} if it says nothing.
-
-    Raises:
-        WeightsError: The file cannot be read.
-    """
-    return read_description(Path(path))
-
-
 def _stored_spec(path: Path) -> AdapterSpec | None:
-    header = read_adapter_metadata(path)
+    header = read_description(path)
     if not header:
         return None
     if header.get("kind") != "lora":
@@ -133,7 +120,7 @@ def _stored_spec(path: Path) -> AdapterSpec | None:
 
 def _check_base(path: Path, stored: AdapterSpec, fingerprint: str) -> None:
     if stored.base_fingerprint != fingerprint:
-        name = read_adapter_metadata(path).get("base_model", "another model")
+        name = read_description(path).get("base_model", "another model")
         raise AdapterError(
             f"{path}: the adapter belongs to another base model ({name}, fingerprint "
             f"{stored.base_fingerprint}); this model's fingerprint is {fingerprint}. Load the base "

@@ -19,7 +19,12 @@ from typing import Any
 import mlx.core as mx
 import psutil
 
-from csm_studio.checkpoints.weights import read_header, read_weights
+from csm_studio.checkpoints.weights import (
+    METADATA_KEY,
+    read_description,
+    read_weights,
+    save_weights,
+)
 from csm_studio.errors import TrainingError, WeightsError
 from csm_studio.files import atomic_path, write_json
 
@@ -136,7 +141,7 @@ class RunDir:
         self,
         checkpoint: Checkpoint,
         weights: Mapping[str, mx.array],
-        header: Mapping[str, str],
+        description: Mapping[str, Any],
         state: Mapping[str, mx.array],
     ) -> Path:
         """Write a checkpoint and drop those no longer kept.
@@ -144,16 +149,16 @@ class RunDir:
         Args:
             checkpoint: Its name and place; the name ends in `.safetensors`.
             weights: What is loaded to use it.
-            header: safetensors header of both files; the description is JSON in each value.
+            description: What both files say of themselves, also written beside them.
             state: Optimizer arrays, to resume from.
 
         Returns:
             The path of the weights.
         """
         path = self.root / checkpoint.name
-        _save(state_path(path), state, header)
-        write_json(path.with_suffix(".json"), {k: json.loads(v) for k, v in header.items()})
-        _save(path, weights, header)
+        save_weights(state_path(path), state, description)
+        write_json(path.with_suffix(".json"), {METADATA_KEY: description})
+        save_weights(path, weights, description)
         self.checkpoints = [c for c in self.checkpoints if c.name != checkpoint.name]
         self.checkpoints.append(checkpoint)
         self._prune()
@@ -211,12 +216,11 @@ class ResumePoint:
     optimizer: dict[str, mx.array]
 
 
-def find_resume_point(path: Path, metadata_key: str) -> ResumePoint:
+def find_resume_point(path: Path) -> ResumePoint:
     """Read the newest checkpoint of a run's folder, or the one named.
 
     Args:
         path: A run's folder or a checkpoint's weights.
-        metadata_key: Key of the description in the header.
 
     Raises:
         TrainingError: There is nothing to go on from.
@@ -238,7 +242,7 @@ def find_resume_point(path: Path, metadata_key: str) -> ResumePoint:
             f"(--resume-from {path.parent}), or start a new run from these weights."
         )
     try:
-        description = json.loads(read_header(state)[metadata_key])
+        description = read_description(state)
         arrays = read_weights(state)
         mx.eval(arrays)
         return ResumePoint(path, int(description["step"]), description, arrays)
@@ -249,11 +253,6 @@ def find_resume_point(path: Path, metadata_key: str) -> ResumePoint:
 def state_path(checkpoint: Path) -> Path:
     """Return where the optimizer's state of a checkpoint lies."""
     return checkpoint.with_name(checkpoint.stem + _STATE_SUFFIX)
-
-
-def _save(path: Path, arrays: Mapping[str, mx.array], header: Mapping[str, str]) -> None:
-    with atomic_path(path) as temporary:
-        mx.save_safetensors(str(temporary), dict(arrays), dict(header))
 
 
 def _read_manifest(root: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ optimizer's arrays and the step. The trainer prints nothing; it reports events.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map, tree_unflatten
 
-from csm_studio.checkpoints.weights import METADATA_KEY, flatten, read_weights
+from csm_studio.checkpoints.weights import flatten, read_weights
 from csm_studio.dataset.batches import Batch, build_batch, epoch_batches
 from csm_studio.errors import TrainingError
 from csm_studio.models.adapters import adapter_tensors
@@ -245,9 +244,8 @@ class Trainer:
         checkpoint = Checkpoint(f"{stem}_{place}.safetensors", step, ends_epoch, loss)
         model = self.model
         weights = adapter_tensors(model) if self._is_lora else flatten(model.parameters())
-        header = {METADATA_KEY: json.dumps(self._describe(step))}
         state = flatten(self._optimizer.state)
-        path = self.run_dir.save(checkpoint, weights, header, state)
+        path = self.run_dir.save(checkpoint, weights, self._describe(step), state)
         self._emit(events.CheckpointSaved(path, step))
         self.run_dir.log({"event": "checkpoint", "step": step, "path": path.name})
         return path
