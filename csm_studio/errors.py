@@ -49,6 +49,18 @@ class TrainingError(CsmStudioError):
     """A training run cannot start or go on."""
 
 
+class LossNotFiniteError(TrainingError):
+    """The loss or the gradient became infinite or undefined, and the run was ended."""
+
+
+class JobError(CsmStudioError):
+    """A background job cannot be started or is gone."""
+
+
+class WorkspaceError(CsmStudioError):
+    """The workspace cannot be opened, or has no such project or file."""
+
+
 class DatasetError(CsmStudioError):
     """One or more problems of a dataset, all reported together.
 

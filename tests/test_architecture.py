@@ -14,11 +14,15 @@ PACKAGE = Path(__file__).parent.parent / "csm_studio"
 
 # Modules and packages by row; the command modules are the last row.
 ROWS = (
-    ("errors", "constants", "files", "options", "command", "configs", "fast_blas"),
+    (
+        *("errors", "constants", "files", "options", "command", "configs", "fast_blas"),
+        *("locks", "projects", "workspace"),
+    ),
     ("checkpoints",),
     ("models", "text", "audio", "model_files"),
     ("model_folder", "dataset"),
     ("training", "generation", "export"),
+    ("jobs",),
     ("finetune", "generate", "merge"),
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}

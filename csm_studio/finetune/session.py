@@ -7,7 +7,6 @@ import signal
 import sys
 import types
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from csm_studio.command import download_line
@@ -40,32 +39,18 @@ def train(options: LoRAOptions | FullOptions, module: str) -> None:
         module: The command's name, for the hint on how to resume.
     """
     # Imported here, so that --help does not wait for MLX.
-    from csm_studio.dataset.records import read_dataset
-    from csm_studio.model_folder import load_model
-    from csm_studio.training.prepare import prepare_data, prepare_model
-    from csm_studio.training.run_dir import RunDir, find_resume_point
-    from csm_studio.training.trainer import Trainer
+    from csm_studio.training.course import prepare_course
 
-    resume = find_resume_point(options.resume_from) if options.resume_from else None
-    if resume is not None and options.output_dir == type(options).output_dir:
-        # Not told otherwise, a run goes on in its own folder.
-        options.output_dir = resume.checkpoint.parent
-    RunDir(Path(options.output_dir), "").refuse_if_taken(resume)
-    dataset = read_dataset(options.data_path, options.max_samples)
-    with download_line() as show_download:
-        model = load_model(options.model, progress=show_download)
-    assert model.companions is not None
-    with _Bar("encoding audio", "clip") as bar:
-        data = prepare_data(dataset, model.companions, options, bar.show)
-    _print_notes(data.notes)
-    prepare_model(model, options)
+    with download_line() as show_download, _Bar("encoding audio", "clip") as bar:
+        course = prepare_course(options, downloaded=show_download, encoded=bar.show)
+    _print_notes(course.data.notes)
     display = _Display(options.log_every)
     with _StopOnInterrupt() as interrupt:
-        trainer = Trainer(model, data, options, display.on_event, interrupt.is_set, resume)
+        trainer = course.trainer(display.on_event, interrupt.is_set)
         ended = trainer.run()
     display.close()
     if ended.outcome == "stopped":
-        again = command_line(module, options)
+        again = command_line(module, course.options)
         if options.resume_from is None:
             again += f" --resume-from {ended.checkpoint}"
         print(f"Stopped after step {ended.step}. To go on:\n  {again}")
@@ -78,8 +63,7 @@ def train(options: LoRAOptions | FullOptions, module: str) -> None:
         use = f'python -m csm_studio.generate "Hello." -o hello.wav --adapter {ended.checkpoint}'
     else:
         use = f'python -m csm_studio.generate "Hello." -o hello.wav --model {ended.checkpoint}'
-    speakers = sorted({clip.speaker_id for clip in dataset.clips} - set(options.mask_speaker_ids))
-    print(f"Hear it:\n  {use} --speaker {speakers[0]}")
+    print(f"Hear it:\n  {use} --speaker {course.speakers[0]}")
 
 
 def _print_notes(notes: Sequence[str]) -> None:
@@ -95,16 +79,20 @@ class _Bar:
     def __init__(self, what: str, unit: str) -> None:
         from tqdm import tqdm
 
-        self._bar = tqdm(desc=what, unit=unit, disable=None, leave=False)
+        self._make = lambda: tqdm(desc=what, unit=unit, disable=None, leave=False)
+        self._bar: tqdm | None = None
 
     def __enter__(self) -> _Bar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def show(self, done: int, total: int) -> None:
         """Move the bar."""
+        if self._bar is None:
+            self._bar = self._make()
         self._bar.total = total
         self._bar.update(done - self._bar.n)
 
@@ -124,10 +112,7 @@ class _Display:
         from csm_studio.training import events
 
         if isinstance(event, events.RunStarted):
-            self._line(
-                f"{event.num_train} conversations to train on, {event.num_validation} held out; "
-                f"{event.num_trainable:,} of {event.num_parameters:,} parameters train."
-            )
+            self._line(events.line(event))
             self._bar = self._tqdm(
                 desc="training",
                 unit="step",
@@ -136,20 +121,13 @@ class _Display:
                 disable=None,
             )
         elif isinstance(event, events.StepDone) and self._bar is not None:
-            state = (
-                f"loss {event.loss:.3f}, {event.frames_per_s:.0f} frames/s, "
-                f"{event.peak_memory_bytes / 2**30:.2f} GB"
-            )
-            self._bar.set_postfix_str(state)
+            self._bar.set_postfix_str(events.figures(event))
             self._bar.update(1)
             # Where no terminal shows the bar, a line now and then does.
             if self._bar.disable and event.step % self._log_every == 0:
-                self._line(f"step {event.step}: {state}, {event.time_left_s:.0f} s left")
-        elif isinstance(event, events.Validated):
-            best = ", the best so far" if event.is_best else ""
-            self._line(f"step {event.step}: validation loss {event.loss:.4f}{best}")
-        elif isinstance(event, events.CheckpointSaved):
-            self._line(f"step {event.step}: saved {event.path}")
+                self._line(events.line(event))
+        elif line := events.line(event):
+            self._line(line)
 
     def close(self) -> None:
         """Take the bar away."""

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from csm_studio.constants import EMBEDDING_TABLES, LORA_ALPHA, LORA_RANK, LORA_TARGETS
 from csm_studio.errors import OptionError
 from csm_studio.options import check, option
+
+_PATH_TYPES = (Path, Path | None)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -138,3 +143,26 @@ class FullOptions(TrainingOptions):
     learning_rate: float = option(1e-5, help="Peak learning rate.", above=0)
     freeze_backbone: bool = option(False, help="Leave the backbone's layers as they are.")
     freeze_decoder: bool = option(False, help="Leave the depth decoder's layers as they are.")
+
+
+def options_from_manifest(manifest: Mapping[str, Any]) -> LoRAOptions | FullOptions:
+    """Return the settings that a run's manifest or checkpoint keeps.
+
+    Raises:
+        OptionError: There are none, or this version does not know one of them.
+    """
+    settings = LoRAOptions if manifest.get("kind") == "lora" else FullOptions
+    values = manifest.get("training")
+    if not isinstance(values, dict):
+        raise OptionError("The run's settings are missing from its run.json. Start a new run.")
+    hints = typing.get_type_hints(settings)
+    if unknown := sorted(values.keys() - hints.keys()):
+        raise OptionError(
+            f"The run has settings that this version does not know: {', '.join(unknown)}. "
+            "Use the version that it was begun with, or start a new run."
+        )
+    restored: dict[str, Any] = {
+        name: Path(value) if value is not None and hints[name] in _PATH_TYPES else value
+        for name, value in values.items()
+    }
+    return settings(**restored)

@@ -48,6 +48,13 @@ class StepDone:
 
 
 @dataclasses.dataclass(frozen=True)
+class SaveBegun:
+    """A checkpoint is about to be validated and written."""
+
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Validated:
     """The loss over all of the held-out conversations."""
 
@@ -76,5 +83,30 @@ class RunEnded:
     checkpoint: Path
 
 
-Event = RunStarted | StepDone | Validated | CheckpointSaved | RunEnded
+Event = RunStarted | StepDone | SaveBegun | Validated | CheckpointSaved | RunEnded
 EventCallback = Callable[[Event], None]
+
+
+def figures(done: StepDone) -> str:
+    """Return loss, speed and memory of a step in a few words."""
+    return (
+        f"loss {done.loss:.3f}, {done.frames_per_s:.0f} frames/s, "
+        f"{done.peak_memory_bytes / 2**30:.2f} GB"
+    )
+
+
+def line(event: Event) -> str:
+    """Return an event as one plain line, empty for those that say nothing on their own."""
+    if isinstance(event, RunStarted):
+        return (
+            f"{event.num_train} conversations to train on, {event.num_validation} held out; "
+            f"{event.num_trainable:,} of {event.num_parameters:,} parameters train."
+        )
+    if isinstance(event, StepDone):
+        return f"step {event.step}: {figures(event)}, {event.time_left_s:.0f} s left"
+    if isinstance(event, Validated):
+        best = ", the best so far" if event.is_best else ""
+        return f"step {event.step}: validation loss {event.loss:.4f}{best}"
+    if isinstance(event, CheckpointSaved):
+        return f"step {event.step}: saved {event.path}"
+    return ""

@@ -10,6 +10,7 @@ lora_ckpt_epoch_N.state.safetensors   optimizer and position, to resume from
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import os
 from collections.abc import Mapping
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import psutil
 
 from csm_studio.checkpoints.weights import (
     METADATA_KEY,
@@ -27,10 +27,14 @@ from csm_studio.checkpoints.weights import (
 )
 from csm_studio.errors import TrainingError, WeightsError
 from csm_studio.files import atomic_path, write_json
+from csm_studio.locks import process_is_alive, process_started
 
 MANIFEST = "run.json"
 METRICS = "metrics.jsonl"
 _STATE_SUFFIX = ".state.safetensors"
+# The folders that this process trains in now: its number alone does not tell, since it lives on
+# after a run.
+_claimed: set[Path] = set()
 
 
 @dataclasses.dataclass
@@ -83,24 +87,36 @@ class RunDir:
             TrainingError: A live process trains here, or the folder holds another run.
         """
         self.refuse_if_taken(resume)
+        now = datetime.datetime.now(datetime.timezone.utc)
+        created_at = now.isoformat(timespec="milliseconds")
         if resume is not None and self._holds(resume):
-            previous = _read_manifest(self.root)
+            previous = read_manifest(self.root)
+            created_at = previous.get("created_at", created_at)
             self.checkpoints = [
                 Checkpoint(**entry)
                 for entry in previous.get("checkpoints", [])
                 if entry["step"] <= resume.step and (self.root / entry["name"]).exists()
             ]
             self._trim_metrics(resume.step)
-        self._manifest = dict(description)
-        self.mark("running")
+        self._manifest = {**description, "created_at": created_at}
+        _claimed.add(self.root.resolve())
+        try:
+            self.mark("running")
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Give the folder back."""
+        _claimed.discard(self.root.resolve())
 
     def refuse_if_taken(self, resume: ResumePoint | None) -> None:
         """Raise `TrainingError` if a process trains here, or the folder holds another run.
 
         Called before slow preparations, and again by `claim`.
         """
-        previous = _read_manifest(self.root)
-        if previous.get("status") == "running" and _is_alive(previous):
+        previous = read_manifest(self.root)
+        if is_training(self.root, previous):
             raise TrainingError(
                 f"{self.root}: process {previous['pid']} is training here. Choose another "
                 "--output-dir, or stop that run first."
@@ -126,7 +142,7 @@ class RunDir:
                 "status": status,
                 "error": error,
                 "pid": os.getpid(),
-                "process_started": psutil.Process().create_time(),
+                "process_started": process_started(),
                 "checkpoints": [dataclasses.asdict(c) for c in self.checkpoints],
                 "best": best.name if best else None,
             },
@@ -227,7 +243,7 @@ def find_resume_point(path: Path) -> ResumePoint:
     """
     path = path.expanduser()
     if path.is_dir():
-        listed = [path / entry["name"] for entry in _read_manifest(path).get("checkpoints", [])]
+        listed = [path / entry["name"] for entry in read_manifest(path).get("checkpoints", [])]
         complete = [name for name in listed if name.exists() and state_path(name).exists()]
         if not complete:
             raise TrainingError(f"{path}: no checkpoint to resume from. Start a new run.")
@@ -255,22 +271,28 @@ def state_path(checkpoint: Path) -> Path:
     return checkpoint.with_name(checkpoint.stem + _STATE_SUFFIX)
 
 
-def _read_manifest(root: Path) -> dict[str, Any]:
+def read_manifest(root: Path) -> dict[str, Any]:
+    """Return what a run's folder says of the run; empty where there is none.
+
+    Raises:
+        TrainingError: The file is damaged.
+    """
     path = root / MANIFEST
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
         raise TrainingError(f"{path}: damaged ({error}). Choose another --output-dir.") from error
 
 
-def _is_alive(manifest: Mapping[str, Any]) -> bool:
-    """Tell whether the process that wrote a manifest still runs (and its number is not reused)."""
+def is_training(root: Path, manifest: Mapping[str, Any]) -> bool:
+    """Tell whether a live process trains in a folder, by its manifest.
+
+    A run whose manifest says `running` and that nobody trains was interrupted.
+    """
+    if manifest.get("status") != "running":
+        return False
     if manifest.get("pid") == os.getpid():
-        return False
-    try:
-        started = psutil.Process(int(manifest["pid"])).create_time()
-    except (psutil.Error, KeyError, ValueError):
-        return False
-    return abs(started - manifest.get("process_started", 0.0)) < 1.0
+        return root.resolve() in _claimed
+    return process_is_alive(manifest.get("pid"), manifest.get("process_started"))

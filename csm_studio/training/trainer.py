@@ -6,6 +6,7 @@ optimizer's arrays and the step. The trainer prints nothing; it reports events.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -21,7 +22,7 @@ from mlx.utils import tree_map, tree_unflatten
 
 from csm_studio.checkpoints.weights import flatten, read_weights
 from csm_studio.dataset.batches import Batch, build_batch, epoch_batches
-from csm_studio.errors import TrainingError
+from csm_studio.errors import LossNotFiniteError, TrainingError
 from csm_studio.models.adapters import adapter_tensors
 from csm_studio.models.csm import CSM
 from csm_studio.models.lora import base_fingerprint
@@ -39,7 +40,7 @@ from csm_studio.training.run_dir import Checkpoint, ResumePoint, RunDir
 
 # Settings that may change when a run goes on: they decide when to stop, log and save, not what a
 # step computes.
-_FREE_ON_RESUME = frozenset(
+FREE_ON_RESUME = frozenset(
     {"data_path", "output_dir", "model", "epochs", "save_every", "keep_last", "log_every"}
     | {"resume_from", "cache_dir", "pretrained_path", "gradient_checkpointing"}
 )
@@ -56,6 +57,8 @@ class Trainer:
         on_event: Called with each event, on this thread.
         should_stop: Asked between steps; True ends the run with a checkpoint to resume from.
         resume: From `find_resume_point`, to go on with a run.
+        should_save: Asked once between steps; True saves a checkpoint and goes on. What is
+            learnt does not depend on it.
     """
 
     def __init__(
@@ -66,12 +69,14 @@ class Trainer:
         on_event: events.EventCallback = lambda event: None,
         should_stop: Callable[[], bool] = lambda: False,
         resume: ResumePoint | None = None,
+        should_save: Callable[[], bool] = lambda: False,
     ) -> None:
         self.model = model
         self.data = data
         self.options = options
         self._on_event = on_event
         self._should_stop = should_stop
+        self._should_save = should_save
         self._resume = resume
         self._is_lora = isinstance(options, LoRAOptions)
         kind = "lora" if self._is_lora else "full"
@@ -107,14 +112,19 @@ class Trainer:
                 f"The run has taken all its {self.total_steps} steps already. Raise --epochs to "
                 "train further."
             )
-        self.run_dir.claim(self._describe(first_step), self._resume)
+        description = {**self._describe(first_step), "total_steps": self.total_steps}
+        self.run_dir.claim(description, self._resume)
         try:
             ended = self._loop(first_step)
+            self.run_dir.mark(ended.outcome)
         except BaseException as error:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            self.run_dir.mark(status, str(error) or type(error).__name__)
+            # A full disk must not hide the error that came first.
+            with contextlib.suppress(OSError):
+                self.run_dir.mark(status, str(error) or type(error).__name__)
             raise
-        self.run_dir.mark(ended.outcome)
+        finally:
+            self.run_dir.release()
         self._emit(ended)
         return ended
 
@@ -150,7 +160,8 @@ class Trainer:
             ends_epoch = step % self.steps_per_epoch == 0
             on_schedule = self.options.save_every and step % self.options.save_every == 0
             stops = step < self.total_steps and self._should_stop()
-            if ends_epoch or on_schedule or stops:
+            saves = self._should_save()
+            if ends_epoch or on_schedule or stops or saves:
                 checkpoint = self._save(step, ends_epoch)
             if stops:
                 return events.RunEnded("stopped", step, checkpoint)
@@ -175,7 +186,7 @@ class Trainer:
         limit = options.max_grad_norm or math.inf
         gradients, norm = optim.clip_grad_norm(gradients, limit)
         if not (np.isfinite(values).all() and math.isfinite(norm.item())):
-            raise TrainingError(
+            raise LossNotFiniteError(
                 f"The loss is not finite at step {step} (loss {values[0]:g}, gradient norm "
                 f"{norm.item():g}). The last checkpoint is kept. Lower --learning-rate, or set "
                 "--max-grad-norm 1 and --warmup-steps."
@@ -238,6 +249,7 @@ class Trainer:
         return loss
 
     def _save(self, step: int, ends_epoch: bool) -> Path:
+        self._emit(events.SaveBegun(step))
         loss = self._validate(step)
         stem = "lora_ckpt" if self._is_lora else "ckpt"
         place = f"epoch_{self._epoch(step)}" if ends_epoch else f"step_{step}"
@@ -331,7 +343,7 @@ def _check_same_run(resume: ResumePoint, current: Mapping[str, Any]) -> None:
     then, now = previous.get("training", {}), current["training"]
     differences += [
         f"--{name.replace('_', '-')}: {then.get(name)} then, {now[name]} now"
-        for name in sorted(now.keys() - _FREE_ON_RESUME)
+        for name in sorted(now.keys() - FREE_ON_RESUME)
         if then.get(name) != now[name]
     ]
     if differences:
