@@ -1,301 +1,372 @@
-"""Stage 2: train the codec.
+"""Stage 3: train the codec in parts that meet in features known beforehand.
 
-    python recipes/demo_voice/codec.py joint   --work-dir W --minutes 60
-    python recipes/demo_voice/codec.py decoder --work-dir W --minutes 40
+    python codec.py encoder --work-dir W --minutes 60    # convolutions: waveform -> features
+    python codec.py inner   --work-dir W --minutes 30    # transformers, quantizer: features -> same
+    python codec.py decoder --work-dir W --minutes 90    # convolutions: features -> waveform
+    python codec.py tuned   --work-dir W --minutes 60    # decoder, on quantized features
 
-`joint` trains encoder, quantizer and decoder. `decoder` then freezes the first two, so that the
-codes stay as they are while the language model trains on them, and goes on with the decoder alone.
-Both resume from their last checkpoint. Under `torchrun --nproc-per-node N` (gloo or nccl) each
-process trains on its own crops and gradients are averaged.
+The first three need nothing of each other and run side by side; once there is an `inner`, a resumed
+`encoder` also learns which errors the quantizer sees. `tuned` starts from `inner` and
+`decoder` and adds discriminators. Every command resumes from its last checkpoint.
 """
 
 import argparse
-import copy
-import os
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import MimiModel
 
+from adversary import Adversary
+from batches import ASR_WIDTH, OUTPUT_LAG, Batch, BatchSampler
 from codec_model import (
+    MOST_BOOKS,
+    NUM_BOOKS,
     QuantizerTrainer,
     codec_config,
-    decode_latents,
-    encode_latents,
+    compress,
+    expand,
+    hear,
     initialise,
+    sound,
 )
 from common import (
-    SAMPLES_PER_FRAME,
     Budget,
     TrainingLog,
     autocast,
-    clip_samples,
     learning_rate,
     load_checkpoint,
     pick_device,
-    read_clips,
     save_checkpoint,
 )
-from crops import CropSampler, CropSettings
+from corpus import SAMPLES_PER_FRAME, open_audio, read_clips, shard_paths
+from features import HOP, NUM_COMPONENTS, Basis, open_spectra
 from mel_loss import MelLoss
+
+STAGES = ("encoder", "inner", "decoder", "tuned")
+PREFIXES = {  # of the parameters that a stage trains
+    "encoder": ("encoder.encoder_seanet.",),
+    "inner": (
+        "encoder.encoder_transformer.",
+        "encoder.downsample.",
+        "quantizer.",
+        "decoder.upsample.",
+        "decoder.decoder_transformer.",
+    ),
+    "decoder": ("decoder.decoder_seanet.",),
+    "tuned": ("decoder.decoder_transformer.", "decoder.decoder_seanet."),
+}
+CONTEXT = 4  # features at the start of an excerpt that the encoder hears too little to know
 
 
 @dataclass
 class CodecSettings:
-    """Settings of one run; `stage` is "joint" or "decoder"."""
+    """Settings of one run."""
 
     work_dir: Path
-    stage: str = "joint"
+    stage: str
     minutes: float = 60.0  # budget over all sessions of the run
-    steps: int = 60_000  # budget in steps, whichever is reached first
+    steps: int = 1_000_000  # budget in steps, whichever is reached first
     peak_rate: float = 1e-3
     rate_floor: float = 0.05  # of the peak, at the end of the budget
     warmup_steps: int = 200
     clip_norm: float = 200.0
-    bypass_steps: int = 600  # steps before the quantizer is started by k-means
-    mel_weight: float = 10.0
+    items: int = 4  # excerpts of a step
+    frames: int = 16  # codec frames of an excerpt
+    seed: int = 1
+    bypass_steps: int = 600  # of `inner`, before the quantizer is started by k-means
     commitment_weight: float = 0.25
-    semantic_weight: float = 2.0
-    fewer_books_share: float = 0.25  # items trained with a random number of acoustic codebooks
-    restart_every: int = 10
+    semantic_weight: float = 0.3
+    latent_weight: float = 0.5  # of `encoder`'s distance as the quantizer sees it, after `inner`
+    fewer_books_share: float = 0.5  # items trained with a random number of acoustic codebooks
+    adversary_after: int = 1_000  # steps of `tuned` on spectra alone
+    adversary_rate: float = 3e-4
+    judged_frames: int = 8  # codec frames of an excerpt that the discriminators hear
+    matching_weight: float = 2.0
     evaluate_every: int = 1_000
     save_every: int = 250
     bfloat16: bool = True
-    crops: CropSettings = field(default_factory=CropSettings)
+
+
+class FeatureDistance(nn.Module):
+    """Distance of two sets of features: L1 of the log-mel spectra and of pitch and voicing."""
+
+    PITCH_WEIGHT = 0.3
+
+    def __init__(self, basis: Basis) -> None:
+        super().__init__()
+        self.register_buffer("backward_map", torch.from_numpy(basis.backward))
+
+    def forward(self, ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (mean log10-mel distance, pitch distance) of features (B, T, 256)."""
+        difference = ours - theirs
+        mel = (difference[..., :NUM_COMPONENTS] @ self.backward_map).abs().mean()
+        return mel, self.PITCH_WEIGHT * difference[..., NUM_COMPONENTS:].abs().mean()
 
 
 class CodecTrainer:
-    """One process of a training run."""
+    """One training run of one stage."""
 
     def __init__(self, settings: CodecSettings) -> None:
-        self.settings = settings
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.device = pick_device()
-        if self.world > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-            if self.device.type == "cuda":
-                self.device = torch.device("cuda", self.rank)
-        torch.manual_seed(settings.crops.seed)
-        self.sampler = CropSampler(settings.crops, settings.work_dir, self.rank)
+        self.settings, self.device = settings, pick_device()
+        torch.manual_seed(settings.seed)
+        self.sampler = BatchSampler(
+            settings.work_dir, settings.items, settings.frames, settings.seed
+        )
+        self.basis = self.sampler.basis
         self.model = MimiModel(codec_config())
         initialise(self.model)
+        self.distil = nn.Linear(codec_config().codebook_dim, ASR_WIDTH)
         self.model.to(self.device)
-        self.trainer = QuantizerTrainer(self.model)
-        self.distil = nn.Linear(codec_config().codebook_dim, settings.crops.feature_width).to(
-            self.device
-        )
+        self.distil.to(self.device)
+        self.quantizer = QuantizerTrainer(self.model)
+        self.distance = FeatureDistance(self.basis).to(self.device)
         self.mel_loss = MelLoss().to(self.device)
-        self.step, elapsed_s = 0, 0.0
         self.directory = settings.work_dir / "codec"
         self.log = TrainingLog(self.directory / f"{settings.stage}.jsonl")
         own = load_checkpoint(self.directory / f"{settings.stage}.pt", self.device)
-        if own is None and settings.stage == "decoder":
-            joint = load_checkpoint(self.directory / "joint.pt", self.device)
-            self.model.load_state_dict(joint["model"])
-        if settings.stage == "decoder":
-            self.model.requires_grad_(False)
-            self.model.decoder.requires_grad_(True)
-            self.distil.requires_grad_(False)
-        candidates = [*self.model.parameters(), *self.distil.parameters()]
-        self.parameters = [p for p in candidates if p.requires_grad]
+        if settings.stage in ("encoder", "tuned"):
+            found = assemble(self.model, self.directory, self.device)
+            self.has_inner = "inner" in found
+        self.model.requires_grad_(False)
+        named = [*self.model.named_parameters()]
+        self.parameters = [p for name, p in named if name.startswith(PREFIXES[settings.stage])]
+        if settings.stage == "inner":
+            self.parameters += self.distil.parameters()
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=settings.peak_rate, betas=(0.8, 0.99), weight_decay=1e-3, fused=True
         )
+        self.adversary = Adversary().to(self.device)
+        self.adversary_optimizer = torch.optim.AdamW(
+            self.adversary.parameters(), lr=settings.adversary_rate, betas=(0.8, 0.99)
+        )
+        self.step, elapsed_s = 0, 0.0
         if own is not None:
-            self.model.load_state_dict(own["model"])
+            trained = {
+                k: v for k, v in own["model"].items() if k.startswith(PREFIXES[settings.stage])
+            }
+            self.model.load_state_dict(trained, strict=False)
             self.distil.load_state_dict(own["distil"])
+            if settings.stage == "tuned":
+                self.adversary.load_state_dict(own["adversary"])
+                self.adversary_optimizer.load_state_dict(own["adversary_optimizer"])
             self.optimizer.load_state_dict(own["optimizer"])
             torch.set_rng_state(own["rng"].cpu())
             self.step, elapsed_s = own["step"], own["elapsed_s"]
         self.budget = Budget(settings.steps, settings.minutes, elapsed_s)
         self.collected: list[Tensor] = []
+        self.losses: Callable[[Batch], dict[str, Tensor]] = getattr(self, f"_{settings.stage}")
 
-    def losses(self, waveforms: Tensor, features: Tensor | None) -> tuple[Tensor, dict, object]:
-        """Return the loss, its parts for the log, and what the quantizer returned."""
+    def _encoder(self, batch: Batch) -> dict[str, Tensor]:
+        heard = hear(self.model, batch.wave).float()
+        mel, pitch = self.distance(heard[:, CONTEXT:], batch.features[:, CONTEXT:])
+        if not self.has_inner:
+            return {"loss": mel + pitch, "mel": mel, "pitch": pitch}
+        ours = self._projected(torch.cat([batch.features[:, :CONTEXT], heard[:, CONTEXT:]], 1))
+        with torch.no_grad():
+            theirs = self._projected(batch.features)
+        latent = (ours - theirs).square().sum(1).mean() / theirs.square().sum(1).mean()
+        loss = mel + pitch + self.settings.latent_weight * latent
+        return {"loss": loss, "mel": mel, "pitch": pitch, "latent": latent}
+
+    def _projected(self, features: Tensor) -> Tensor:
+        """Return what the quantizers compare with their codebooks, (B, 2 T, D) -> (B, d, T)."""
+        latents = compress(self.model, features)
+        books = (self.quantizer.semantic, self.quantizer.acoustic)
+        return torch.cat([book.input_proj(latents).float() for book in books], dim=1)
+
+    def _inner(self, batch: Batch) -> dict[str, Tensor]:
         settings = self.settings
-        joint = settings.stage == "joint"
-        bypass = joint and self.step < settings.bypass_steps
-        num_acoustic = torch.full((len(waveforms),), 7, device=self.device)
-        fewer = torch.rand(len(waveforms)) < settings.fewer_books_share
-        if joint:
-            num_acoustic[fewer] = torch.randint(1, 8, (int(fewer.sum()),), device=self.device)
-        with autocast(self.device, settings.bfloat16):
-            with torch.set_grad_enabled(joint):
-                latents = encode_latents(self.model, waveforms)
-                quantized = self.trainer(latents.float(), num_acoustic, bypass)
-            output = decode_latents(self.model, quantized.latents)
+        bypass = self.step < settings.bypass_steps
+        count = len(batch.features)
+        num_acoustic = torch.full((count,), MOST_BOOKS - 1, device=self.device)
+        fewer = torch.rand(count) < settings.fewer_books_share
+        num_acoustic[fewer] = torch.randint(1, MOST_BOOKS, (int(fewer.sum()),), device=self.device)
+        latents = compress(self.model, batch.features).float()
         if bypass and self.step >= settings.bypass_steps - 100:
-            self.collected.append(latents.detach().float().transpose(1, 2).flatten(0, 1))
-        mel, convergence = self.mel_loss(output.float(), waveforms)
-        loss = settings.mel_weight * mel + convergence
-        parts = {"mel": mel, "convergence": convergence}
-        if joint:
-            loss = loss + settings.commitment_weight * quantized.commitment
-            parts["commitment"] = quantized.commitment
-        if joint and features is not None:
-            guess = self.distil(quantized.semantic.transpose(1, 2))
-            distance = 1.0 - F.cosine_similarity(guess, features, dim=-1).mean()
-            loss = loss + settings.semantic_weight * distance
-            parts["semantic"] = distance
-        return loss, parts, quantized
+            self.collected.append(latents.detach().transpose(1, 2).flatten(0, 1))
+        quantized = self.quantizer(latents, num_acoustic, bypass)
+        mel, pitch = self.distance(expand(self.model, quantized.latents).float(), batch.features)
+        guess = self.distil(quantized.semantic.transpose(1, 2)).float()
+        distances = 1.0 - F.cosine_similarity(guess, batch.asr, dim=-1)
+        share = batch.has_asr.float()[:, None]
+        semantic = (distances * share).mean() / share.mean().clamp(min=1e-3)
+        loss = mel + pitch + settings.semantic_weight * semantic * share.mean()
+        loss = loss + settings.commitment_weight * quantized.commitment
+        if not bypass:
+            self.quantizer.update(self.quantizer.statistics(quantized))
+            if self.step % 10 == 0:
+                self.quantizer.restart_dead(quantized)
+        parts = {"mel": mel, "pitch": pitch, "commitment": quantized.commitment}
+        return {"loss": loss, **parts, "semantic": semantic}
 
-    def _sum_over_ranks(self, tensors: list[Tensor]) -> None:
-        if self.world > 1:
-            flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-            dist.all_reduce(flat)
-            parts = flat.split([tensor.numel() for tensor in tensors])
-            for tensor, part in zip(tensors, parts, strict=True):
-                tensor.copy_(part.view_as(tensor))
+    def _decoder(self, batch: Batch) -> dict[str, Tensor]:
+        return self._spectra(sound(self.model, batch.features), batch.target)
 
-    def train_step(self) -> tuple[dict, float]:
+    def _tuned(self, batch: Batch) -> dict[str, Tensor]:
+        with torch.no_grad():
+            latents = compress(self.model, batch.features).float()
+            full = torch.full((len(latents),), NUM_BOOKS - 1, device=self.device)
+            quantized = self.quantizer(latents, full)
+        output = sound(self.model, expand(self.model, quantized.latents))
+        parts = self._spectra(output, batch.target)
+        if self.step < self.settings.adversary_after or not torch.is_grad_enabled():
+            return parts
+        size = self.settings.judged_frames * SAMPLES_PER_FRAME
+        begin = int(torch.randint(output.shape[1] - size + 1, ()))
+        ours, theirs = (wave[:, begin : begin + size] for wave in (output, batch.target))
+        own = self.adversary.own_loss(ours.detach(), theirs)
+        self.adversary_optimizer.zero_grad()
+        own.backward()
+        self.adversary_optimizer.step()
+        self.adversary.requires_grad_(False)
+        adversarial, matching = self.adversary.decoder_losses(ours, theirs)
+        self.adversary.requires_grad_(True)
+        loss = parts["loss"] + adversarial + self.settings.matching_weight * matching
+        parts |= {"adversary": own, "adversarial": adversarial, "matching": matching}
+        return parts | {"loss": loss}
+
+    def _spectra(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
+        mel, convergence = self.mel_loss(output.float(), target)
+        return {"loss": 10.0 * mel + convergence, "mel": mel, "convergence": convergence}
+
+    def train_step(self) -> dict[str, float]:
         """Take one step; return the loss parts and the gradient norm."""
         settings = self.settings
-        if settings.stage == "joint" and self.step == settings.bypass_steps:
+        if settings.stage == "inner" and self.step == settings.bypass_steps:
             self._start_codebooks()
-        waveforms, features = self.sampler.batch(self.step)
-        waveforms = waveforms.to(self.device)
-        features = None if features is None else features.to(self.device)
-        loss, parts, quantized = self.losses(waveforms, features)
+        batch = self.sampler.batch(self.step).to(self.device)
+        with autocast(self.device, settings.bfloat16):
+            parts = self.losses(batch)
         self.optimizer.zero_grad()
-        loss.backward()
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        learns_codes = settings.stage == "joint" and self.step >= settings.bypass_steps
-        statistics = self.trainer.statistics(quantized) if learns_codes else None
-        self._sum_over_ranks([*gradients, statistics] if learns_codes else gradients)
-        for gradient in gradients:
-            gradient.div_(self.world)
+        parts["loss"].backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm)
-        rate = learning_rate(
-            settings.peak_rate,
-            self.step,
-            self.budget.progress(self.step),
-            settings.warmup_steps,
-            settings.rate_floor,
-        )
+        progress = self.budget.progress(self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = learning_rate(
+                settings.peak_rate, self.step, progress, settings.warmup_steps, settings.rate_floor
+            )
         self.optimizer.step()
-        if learns_codes:
-            self.trainer.update(statistics)
-            if self.step % settings.restart_every == 0:
-                self.trainer.restart_dead(quantized)
-                self._share_codebooks()
         self.step += 1
-        return {name: float(part.detach()) for name, part in parts.items()}, float(norm)
+        return {name: float(part.detach()) for name, part in parts.items()} | {"norm": float(norm)}
 
     def _start_codebooks(self) -> None:
         if not self.collected:  # resumed between collecting and starting
             for step in range(100):
+                features = self.sampler.batch(step).features.to(self.device)
                 with torch.no_grad():
-                    latents = encode_latents(
-                        self.model, self.sampler.batch(step)[0].to(self.device)
-                    )
-                self.collected.append(latents.float().transpose(1, 2).flatten(0, 1))
-        self.trainer.start(torch.cat(self.collected), self.settings.crops.batch_frames * self.world)
+                    latents = compress(self.model, features).float()
+                self.collected.append(latents.transpose(1, 2).flatten(0, 1))
+        frames = self.settings.items * self.settings.frames
+        self.quantizer.start(torch.cat(self.collected), frames)
         self.collected = []
-        self._share_codebooks()
-
-    def _share_codebooks(self) -> None:
-        if self.world > 1:
-            for book in self.trainer.books:
-                dist.broadcast(book.embed_sum, 0)
-                dist.broadcast(book.cluster_usage, 0)
-                book._embed = None
 
     @torch.no_grad()
     def evaluate(self, num_clips: int = 20) -> dict:
-        """Return the mel distance on held-out clips and each codebook's perplexity."""
-        clips = read_clips(self.settings.work_dir, "held_out")
-        clips = clips[:: max(1, len(clips) // num_clips)]
-        distances, all_codes = [], []
-        for clip in clips:
-            samples = torch.from_numpy(clip_samples(self.sampler.audio, clip)).to(self.device)
-            num_frames = len(samples) // SAMPLES_PER_FRAME
-            samples = samples[None, : num_frames * SAMPLES_PER_FRAME]
+        """Return the stage's loss on held-out clips; for `inner` with 4, 8 and 12 codebooks."""
+        results: dict[str, list[float]] = {}
+        for batch in held_out_batches(self.settings.work_dir, self.basis, num_clips):
+            batch = batch.to(self.device)
             with autocast(self.device, self.settings.bfloat16):
-                latents = encode_latents(self.model, samples).float()
-                full = torch.tensor([7], device=self.device)
-                quantized = self.trainer(latents, full, self.step < self.settings.bypass_steps)
-                output = decode_latents(self.model, quantized.latents)
-            distances.append(float(self.mel_loss(output.float(), samples)[0]))
-            all_codes.append(quantized.codes)
-        perplexities = []
-        for codes in torch.cat(all_codes, dim=1):
-            share = torch.bincount(codes, minlength=512).float() / len(codes)
-            perplexities.append(round(float(torch.exp(-(share * (share + 1e-9).log()).sum())), 1))
-        return {"held_out_mel": float(np.mean(distances)), "perplexity": perplexities}
+                if self.settings.stage != "inner":
+                    parts = {k: float(v) for k, v in self.losses(batch).items()}
+                else:
+                    parts = {}
+                    latents = compress(self.model, batch.features).float()
+                    for books in (4, 8, MOST_BOOKS):
+                        count = torch.tensor([books - 1], device=self.device)
+                        bypass = self.step < self.settings.bypass_steps
+                        quantized = self.quantizer(latents, count, bypass)
+                        output = expand(self.model, quantized.latents).float()
+                        mel, pitch = self.distance(output, batch.features)
+                        parts |= {f"mel_{books}": float(mel), f"pitch_{books}": float(pitch)}
+            for name, value in parts.items():
+                results.setdefault(name, []).append(value)
+        return {f"held_out_{name}": float(np.mean(values)) for name, values in results.items()}
 
     def save(self) -> None:
-        """Write the run's checkpoint (first process only)."""
-        if self.rank == 0:
-            state = {
-                "model": self.model.state_dict(),
-                "distil": self.distil.state_dict(),
-                "optimizer": copy.deepcopy(self.optimizer.state_dict()),
-                "rng": torch.get_rng_state(),
-                "step": self.step,
-                "elapsed_s": self.budget.elapsed_s,
-                "settings": {k: str(v) for k, v in asdict(self.settings).items()},
-            }
-            save_checkpoint(self.directory / f"{self.settings.stage}.pt", state)
+        """Write the run's checkpoint."""
+        state = {
+            "model": self.model.state_dict(),
+            "distil": self.distil.state_dict(),
+            "adversary": self.adversary.state_dict(),
+            "adversary_optimizer": self.adversary_optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "step": self.step,
+            "elapsed_s": self.budget.elapsed_s,
+            "settings": {k: str(v) for k, v in asdict(self.settings).items()},
+        }
+        save_checkpoint(self.directory / f"{self.settings.stage}.pt", state)
 
     def run(self) -> None:
         """Train until the budget is used, logging, evaluating and saving on the way."""
         sums: dict[str, float] = {}
         count, done = 0, False
         while not done:
-            parts, norm = self.train_step()
-            parts["norm"] = norm
-            for name, value in parts.items():
+            for name, value in self.train_step().items():
                 sums[name] = sums.get(name, 0.0) + value
             count += 1
-            done = self._agree(self.budget.progress(self.step) >= 1.0)
-            if self.rank == 0 and (self.step % 100 == 0 or done):
-                means = {name: value / count for name, value in sums.items()}
+            done = self.budget.progress(self.step) >= 1.0
+            common = {"step": self.step, "elapsed_s": self.budget.elapsed_s}
+            if self.step % 100 == 0 or done:
                 rate = self.optimizer.param_groups[0]["lr"]
-                self.log.write(
-                    step=self.step, elapsed_s=self.budget.elapsed_s, rate=rate * 1e3, **means
-                )
+                means = {name: value / count for name, value in sums.items()}
+                self.log.write(**common, rate=rate * 1e3, **means)
                 sums, count = {}, 0
-            if self.rank == 0 and (self.step % self.settings.evaluate_every == 0 or done):
-                self.log.write(step=self.step, elapsed_s=self.budget.elapsed_s, **self.evaluate())
+            if self.step % self.settings.evaluate_every == 0 or done:
+                self.log.write(**common, **self.evaluate())
             if self.step % self.settings.save_every == 0 or done:
                 self.save()
-        if self.world > 1:
-            dist.destroy_process_group()
 
-    def _agree(self, done: bool) -> bool:
-        """Let the first process decide for all, checking every 20 steps."""
-        if self.world == 1:
-            return done
-        if self.step % 20:
-            return False
-        flag = torch.tensor(float(done), device=self.device)
-        dist.broadcast(flag, 0)
-        return bool(flag)
+
+def assemble(model: MimiModel, directory: Path, device: torch.device) -> dict[str, int]:
+    """Load the newest trained weights of each part into one codec; return the steps of each."""
+    steps = {}
+    for stage in STAGES:
+        state = load_checkpoint(directory / f"{stage}.pt", device)
+        if state is not None:
+            steps[stage] = state["step"]
+            part = {k: v for k, v in state["model"].items() if k.startswith(PREFIXES[stage])}
+            model.load_state_dict(part, strict=False)
+    for book in QuantizerTrainer(model).books:
+        book._embed = None  # the cached quotient
+    return steps
+
+
+def held_out_batches(work_dir: Path, basis: Basis, num_clips: int) -> list[Batch]:
+    """Return the first held-out clips as batches of one, whole."""
+    batches = []
+    for shard in shard_paths(work_dir):
+        clips = read_clips(shard, "held_out")
+        for clip in clips[:: max(1, len(clips) // num_clips)] if clips else []:
+            mel, pitch = open_spectra(shard)
+            rows = slice(clip.start // HOP, (clip.start + clip.length) // HOP)
+            samples = open_audio(shard)[clip.start : clip.start + clip.length] / np.float32(32768)
+            lagged = np.concatenate([np.zeros(OUTPUT_LAG, np.float32), samples[:-OUTPUT_LAG]])
+            asr = np.zeros((clip.length // SAMPLES_PER_FRAME, ASR_WIDTH), np.float32)
+            features = basis.features(mel[rows], pitch[rows])
+            parts = (samples, lagged, features, asr, np.bool_(False))
+            batches.append(Batch(*(torch.from_numpy(np.asarray(part)[None]) for part in parts)))
+    return batches
 
 
 def main() -> None:
     """Read the options and train."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=["joint", "decoder"])
+    parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--work-dir", type=Path, required=True)
-    for name in ("minutes", "steps", "peak_rate", "bypass_steps", "save_every"):
-        default = getattr(CodecSettings, name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
-    for name in ("batch_frames", "seed"):
-        default = getattr(CropSettings, name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
-    options = vars(parser.parse_args())
-    crops = CropSettings(batch_frames=options.pop("batch_frames"), seed=options.pop("seed"))
-    settings = CodecSettings(**options, crops=crops)
-    CodecTrainer(settings).run()
+    for name in ("minutes", "steps", "peak_rate", "items", "frames", "adversary_after"):
+        default = getattr(CodecSettings, name, None)
+        kind = {"minutes": float, "peak_rate": float}.get(name, int)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default)
+    CodecTrainer(CodecSettings(**vars(parser.parse_args()))).run()
 
 
 if __name__ == "__main__":

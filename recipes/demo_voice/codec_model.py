@@ -19,13 +19,16 @@ from transformers.models.mimi.modeling_mimi import (
     MimiResnetBlock,
 )
 
+MOST_BOOKS = 12  # trained
+NUM_BOOKS = 8  # used: the fewest that keep the words (README.md has the figures)
 
-def codec_config() -> MimiConfig:
-    """Return the shape of the codec: 1 semantic + 7 acoustic codebooks of 512 at 12.5 Hz."""
+
+def codec_config(num_books: int = MOST_BOOKS) -> MimiConfig:
+    """Return the shape of the codec: one semantic and some acoustic codebooks of 512, 12.5 Hz."""
     return MimiConfig(
-        num_filters=16,
+        num_filters=24,
         hidden_size=256,
-        upsampling_ratios=[8, 6, 5, 4],
+        upsampling_ratios=[6, 5, 4, 8],
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
@@ -33,10 +36,10 @@ def codec_config() -> MimiConfig:
         intermediate_size=1024,
         sliding_window=64,
         layer_scale_initial_scale=0.1,
-        num_quantizers=8,
+        num_quantizers=num_books,
         codebook_size=512,
-        codebook_dim=64,
-        vector_quantization_hidden_dimension=64,
+        codebook_dim=128,
+        vector_quantization_hidden_dimension=128,
         upsample_groups=256,
         attn_implementation="sdpa",
     )
@@ -82,20 +85,26 @@ def round_as_shipped(model: MimiModel) -> None:
             tensor.copy_(tensor.half().float())
 
 
-def encode_latents(model: MimiModel, waveform: Tensor) -> Tensor:
-    """Return the latents before the quantizer, (B, S) -> (B, D, T)."""
-    encoder = model.encoder
-    hidden = encoder.encoder_seanet(waveform[:, None])
-    hidden = encoder.encoder_transformer(hidden.transpose(1, 2)).last_hidden_state
-    return encoder.downsample(hidden.transpose(1, 2))
+def hear(model: MimiModel, waveform: Tensor) -> Tensor:
+    """Run the encoder's convolutions, (B, S) -> (B, S / 960, D)."""
+    return model.encoder.encoder_seanet(waveform[:, None]).transpose(1, 2)
 
 
-def decode_latents(model: MimiModel, latents: Tensor) -> Tensor:
-    """Return the waveform of quantized latents, (B, D, T) -> (B, S)."""
-    decoder = model.decoder
-    hidden = decoder.upsample(latents)
-    hidden = decoder.decoder_transformer(hidden.transpose(1, 2)).last_hidden_state
-    return decoder.decoder_seanet(hidden.transpose(1, 2))[:, 0]
+def compress(model: MimiModel, features: Tensor) -> Tensor:
+    """Return the latents before the quantizer, (B, 2 T, D) -> (B, D, T)."""
+    hidden = model.encoder.encoder_transformer(features).last_hidden_state
+    return model.encoder.downsample(hidden.transpose(1, 2))
+
+
+def expand(model: MimiModel, latents: Tensor) -> Tensor:
+    """Return the features that the decoder's convolutions sound, (B, D, T) -> (B, 2 T, D)."""
+    hidden = model.decoder.upsample(latents)
+    return model.decoder.decoder_transformer(hidden.transpose(1, 2)).last_hidden_state
+
+
+def sound(model: MimiModel, features: Tensor) -> Tensor:
+    """Run the decoder's convolutions, (B, T, D) -> (B, 960 T)."""
+    return model.decoder.decoder_seanet(features.transpose(1, 2))[:, 0]
 
 
 @dataclass(frozen=True)

@@ -1,65 +1,12 @@
-"""What every stage shares: atomic checkpoints, schedules, devices, and the corpus on disk.
-
-A *work directory* holds everything a stage reads or writes::
-
-    audio.i16        all clips back to back, int16, 24 kHz mono
-    index.jsonl      one line per clip: name, speaker, text, start, length, split
-    features.f16     speech-recogniser features of audio.i16, 50 Hz, (N, width) float16
-    codec/ lm/       checkpoints and training logs
-    codes.npz        the corpus as codec codes
-    export/          what ships
-"""
+"""What every training stage shares: atomic checkpoints, schedules, devices, logs."""
 
 import json
 import math
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-
-SAMPLE_RATE_HZ = 24_000
-SAMPLES_PER_FRAME = 1_920  # 80 ms, 12.5 frames per second
-
-
-@dataclass(frozen=True)
-class Clip:
-    """One recording inside `audio.i16`.
-
-    Attributes:
-        name: path of the recording in its source.
-        speaker: 0-3 for the demo voices, negative for voices only the codec hears.
-        text: transcript, empty where the codec alone uses the clip.
-        start: first sample in `audio.i16`.
-        length: number of samples.
-        split: "train" or "held_out".
-    """
-
-    name: str
-    speaker: int
-    text: str
-    start: int
-    length: int
-    split: str
-
-
-def read_clips(work_dir: Path, split: str | None = None) -> list[Clip]:
-    """Return the clips of one split, or all, in the order of `index.jsonl`."""
-    with (work_dir / "index.jsonl").open(encoding="utf-8") as lines:
-        clips = [Clip(**json.loads(line)) for line in lines]
-    return [clip for clip in clips if split in (None, clip.split)]
-
-
-def open_audio(work_dir: Path) -> np.ndarray:
-    """Map `audio.i16`, shape (S,), int16."""
-    return np.memmap(work_dir / "audio.i16", dtype=np.int16, mode="r")
-
-
-def clip_samples(audio: np.ndarray, clip: Clip) -> np.ndarray:
-    """Return one clip as float32 in [-1, 1), shape (length,)."""
-    return audio[clip.start : clip.start + clip.length].astype(np.float32) / 32768.0
 
 
 def pick_device() -> torch.device:

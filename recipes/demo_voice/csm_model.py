@@ -12,14 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CsmConfig, CsmDepthDecoderConfig, MimiConfig
 
-NUM_CODEBOOKS = 8
+from codec_model import NUM_BOOKS
+
+GUIDED_LAYER, GUIDED_HEADS = 3, 2  # of the backbone; see `Guide`
 AUDIO_VOCAB_SIZE = 512 + 3
 
 
 def csm_config(text_vocab_size: int, codec: MimiConfig) -> CsmConfig:
     """Return the shape of the language model; the rotary frequencies are those of CSM-1B."""
     depth = CsmDepthDecoderConfig(
-        num_codebooks=NUM_CODEBOOKS,
+        num_codebooks=NUM_BOOKS,
         backbone_hidden_size=256,
         vocab_size=AUDIO_VOCAB_SIZE,
         hidden_size=192,
@@ -28,7 +30,7 @@ def csm_config(text_vocab_size: int, codec: MimiConfig) -> CsmConfig:
         num_attention_heads=3,
         num_key_value_heads=1,
         head_dim=64,
-        max_position_embeddings=NUM_CODEBOOKS + 1,
+        max_position_embeddings=NUM_BOOKS + 1,
         rope_parameters={
             "rope_type": "llama3",
             "rope_theta": 500_000.0,
@@ -39,12 +41,12 @@ def csm_config(text_vocab_size: int, codec: MimiConfig) -> CsmConfig:
         },
     )
     return CsmConfig(
-        num_codebooks=NUM_CODEBOOKS,
+        num_codebooks=NUM_BOOKS,
         vocab_size=AUDIO_VOCAB_SIZE,
         text_vocab_size=text_vocab_size,
         hidden_size=256,
         intermediate_size=768,
-        num_hidden_layers=6,
+        num_hidden_layers=8,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
@@ -84,6 +86,32 @@ def rotary_table(config: CsmConfig | CsmDepthDecoderConfig, num_positions: int) 
     return torch.stack([angles.cos(), angles.sin()]).float()
 
 
+class Guide:
+    """Draws some heads of one layer to the place in the text that is being spoken.
+
+    Which letters a frame speaks is the hardest thing for a small model to find out by itself.
+
+    Args:
+        bells: (B, T, T) float32, see `frames.alignment`.
+    """
+
+    def __init__(self, bells: Tensor) -> None:
+        self.bells = bells
+        self.loss = bells.new_zeros(())
+
+    def compare(self, query: Tensor, key: Tensor) -> None:
+        """Set `loss`: mean negative log of the attention inside the bells, (B, heads, T, d)."""
+        query, key = query[:, :GUIDED_HEADS].float(), key[:, :GUIDED_HEADS].float()
+        scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[-1])
+        length = scores.shape[-1]
+        future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
+        weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+        inside = (weights * self.bells[:, None]).sum(-1)  # (B, heads, T)
+        speaks = self.bells.amax(-1)[:, None] > 0.0
+        penalty = -(inside + 1e-4).log() * speaks
+        self.loss = penalty.sum() / (speaks.sum() * GUIDED_HEADS)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention."""
 
@@ -96,7 +124,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, config.num_key_value_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * head_dim, width, bias=False)
 
-    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, guide: Guide | None = None) -> Tensor:
         """Attend within (B, T, D); `rotary` is (2, T, head_dim)."""
         shape = (*x.shape[:2], -1, self.head_dim)
         query, key, value = (
@@ -110,6 +138,8 @@ class Attention(nn.Module):
         )
         groups = query.shape[1] // key.shape[1]
         key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
+        if guide is not None:
+            guide.compare(query, key)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
@@ -139,9 +169,9 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, guide: Guide | None = None) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rotary))
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rotary, guide))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
@@ -155,11 +185,11 @@ class Llama(nn.Module):
         table = rotary_table(config, config.max_position_embeddings)
         self.register_buffer("rotary", table, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, guide: Guide | None = None) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
         rotary = self.rotary[:, : x.shape[1]]
-        for layer in self.layers:
-            x = layer(x, rotary)
+        for number, layer in enumerate(self.layers):
+            x = layer(x, rotary, guide if number == GUIDED_LAYER else None)
         return self.norm(x)
 
 
@@ -207,12 +237,13 @@ class Csm(nn.Module):
         books = torch.arange(codes.shape[-1], device=codes.device) * self.vocab_size
         return self.depth_decoder.model.embed_tokens(codes + books)
 
-    def hidden_states(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def hidden_states(self, tokens: Tensor, mask: Tensor, guide: Guide | None = None) -> Tensor:
         """Run the backbone.
 
         Args:
             tokens: (B, T, K + 1) int64, the last column is text.
             mask: (B, T, K + 1) bool, which columns a position has.
+            guide: has its loss set.
 
         Returns:
             (B, T, D), after the final norm; position t predicts frame t + 1.
@@ -220,7 +251,7 @@ class Csm(nn.Module):
         parts = torch.cat(
             [self.embed_codes(tokens[..., :-1]), self.embed_text_tokens(tokens[..., -1:])], dim=2
         )
-        return self.backbone_model((parts * mask[..., None]).sum(2))
+        return self.backbone_model((parts * mask[..., None]).sum(2), guide)
 
     def depth_logits(self, hidden: Tensor, codes: Tensor) -> Tensor:
         """Return logits of the next codebooks.
@@ -239,7 +270,12 @@ class Csm(nn.Module):
         return torch.einsum("nid,idv->niv", states, weights.to(states.dtype))
 
     def losses(
-        self, tokens: Tensor, mask: Tensor, depth_share: float = 1.0, seen: Tensor | None = None
+        self,
+        tokens: Tensor,
+        mask: Tensor,
+        depth_share: float = 1.0,
+        seen: Tensor | None = None,
+        guide: Guide | None = None,
     ) -> Tensor:
         """Return the mean cross entropy of each codebook, (K,).
 
@@ -248,8 +284,9 @@ class Csm(nn.Module):
             mask: (B, T, K + 1) bool; the positions t >= 1 with audio are the targets.
             depth_share: the part of them, drawn at random, on which the depth decoder runs.
             seen: (B, T, K + 1) bool, what the backbone is fed where that is less than `mask`.
+            guide: has its loss set.
         """
-        hidden = self.hidden_states(tokens, mask if seen is None else seen)
+        hidden = self.hidden_states(tokens, mask if seen is None else seen, guide)
         batch, position = mask[:, 1:, 0].nonzero(as_tuple=True)
         before = hidden[batch, position]  # (N, D), the state at t - 1
         frames = tokens[batch, position + 1, :-1]  # (N, K)

@@ -1,6 +1,6 @@
-"""Stage 4: write what ships, in transformers' layouts and float16.
+"""Stage 5: write what ships, in transformers' layouts and float16.
 
-    python recipes/demo_voice/export.py --work-dir W [--output DIR] [--random]
+    python export.py --work-dir W [--output DIR] [--random]
 
 Writes `codec/` and `language_model/` (config.json, model.safetensors), `tokenizer.json` and
 `training_log.json`. `--random` exports untrained weights of the same shapes, for tests.
@@ -15,8 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import MimiModel, PreTrainedConfig
 
-from codec_model import codec_config, initialise, round_as_shipped
-from common import load_checkpoint, read_clips, read_log
+from codec import STAGES, assemble
+from codec_model import NUM_BOOKS, codec_config, initialise, round_as_shipped
+from common import load_checkpoint, read_log
+from corpus import SAMPLE_RATE_HZ, read_clips, shard_paths
 from csm_model import Csm, csm_config
 from text import build_tokenizer, text_vocab_size
 
@@ -55,23 +57,21 @@ def export(work_dir: Path, output: Path, random: bool) -> None:
     """Write the export folder."""
     cpu = torch.device("cpu")
     torch.manual_seed(0)
-    codec = MimiModel(codec_config())
+    codec = MimiModel(codec_config(NUM_BOOKS))
     initialise(codec)
     tokenizer = build_tokenizer()
-    config = csm_config(text_vocab_size(tokenizer), codec_config())
+    config = csm_config(text_vocab_size(tokenizer), codec_config(NUM_BOOKS))
     language_model = Csm(config)
     used = {}
     if not random:
-        for stage in ("decoder", "joint"):
-            state = load_checkpoint(work_dir / "codec" / f"{stage}.pt", cpu)
-            if state is not None:
-                break
-        codec.load_state_dict(state["model"])
-        used["codec"] = {"stage": stage, "step": state["step"], "settings": state["settings"]}
+        trained = MimiModel(codec_config())
+        used["codec"] = assemble(trained, work_dir / "codec", cpu)
+        kept = codec.state_dict().keys()  # the codebooks in use
+        codec.load_state_dict({k: v for k, v in trained.state_dict().items() if k in kept})
         state = load_checkpoint(work_dir / "lm" / "train.pt", cpu)
         if state is not None:
             language_model.load_state_dict(state["model"])
-            used["language_model"] = {"step": state["step"], "settings": state["settings"]}
+            used["language_model"] = {"step": state["step"]}
     round_as_shipped(codec)
     codec_tensors = {published_name(k): v for k, v in codec.state_dict().items()}
     parameters = {
@@ -84,20 +84,17 @@ def export(work_dir: Path, output: Path, random: bool) -> None:
         ),
     }
     tokenizer.save(str(output / "tokenizer.json"))
-    hours = {}
-    if (work_dir / "index.jsonl").exists():
-        for clip in read_clips(work_dir):
-            key = "codec only" if clip.speaker < 0 else f"speaker {clip.speaker} {clip.split}"
-            hours[key] = round(hours.get(key, 0.0) + clip.length / 24_000 / 3600, 4)
-    for entry in used.values():
-        entry["settings"].pop("work_dir", None)
+    hours: dict[str, float] = {}
+    for shard in shard_paths(work_dir):
+        for clip in read_clips(shard):
+            key = f"{shard.name} {clip.split}"
+            hours[key] = hours.get(key, 0.0) + clip.length / SAMPLE_RATE_HZ / 3600.0
     record = {
         "random_weights": random,
         "parameters": parameters,
-        "data_hours": hours,
-        "checkpoints": used,
-        "codec_joint": read_log(work_dir / "codec" / "joint.jsonl"),
-        "codec_decoder": read_log(work_dir / "codec" / "decoder.jsonl"),
+        "data_hours": {key: round(value, 3) for key, value in hours.items()},
+        "steps": used,
+        **{stage: read_log(work_dir / "codec" / f"{stage}.jsonl") for stage in STAGES},
         "language_model": read_log(work_dir / "lm" / "train.jsonl"),
     }
     (output / "training_log.json").write_text(json.dumps(record, indent=1) + "\n")

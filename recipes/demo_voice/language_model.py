@@ -1,9 +1,11 @@
-"""Stage 3: encode the corpus with the frozen codec, and train the language model on the codes.
+"""Stage 4: encode the corpus with the frozen codec, and train the language model on the codes.
 
-    python recipes/demo_voice/language_model.py encode --work-dir W
-    python recipes/demo_voice/language_model.py train  --work-dir W --minutes 45
+    python language_model.py encode --work-dir W [--heard]
+    python language_model.py train  --work-dir W --minutes 90
 
-`encode` reads `codec/joint.pt`. `train` resumes from its last checkpoint.
+`encode` needs the codec's `inner`, with `--heard` its `encoder` too. Codes made without it are the
+same but for the encoder's errors: train on them while the encoder trains, then encode again.
+`train` resumes from its last checkpoint.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from codec_model import codec_config
+from codec_model import NUM_BOOKS, codec_config
 from common import (
     Budget,
     TrainingLog,
@@ -24,7 +26,7 @@ from common import (
     pick_device,
     save_checkpoint,
 )
-from csm_model import NUM_CODEBOOKS, Csm, csm_config
+from csm_model import Csm, Guide, csm_config
 from frames import Corpus, collate, encode_corpus, sequence
 from text import text_vocab_size
 
@@ -41,10 +43,11 @@ class LanguageModelSettings:
     warmup_steps: int = 100
     clip_norm: float = 1.0
     weight_decay: float = 0.02
-    dropout: float = 0.2
-    batch_positions: int = 1_500  # text and audio positions of a step, padding included
+    dropout: float = 0.05
+    batch_positions: int = 1_200  # text and audio positions of a step, padding included
     depth_share: float = 0.25  # of the frames, on which the depth decoder trains
     joined_share: float = 0.2  # sequences of two or three turns of one speaker
+    guide_weight: float = 0.1  # of the alignment of attention; see csm_model.Guide
     frame_drop: float = 0.2  # input frames whose codes are hidden, so that the text is used
     evaluate_every: int = 500
     save_every: int = 200
@@ -62,7 +65,9 @@ class LanguageModelTrainer:
             settings.work_dir, settings.batch_positions, settings.joined_share, settings.seed
         )
         vocabulary = text_vocab_size(self.corpus.tokenizer)
-        self.model = Csm(csm_config(vocabulary, codec_config()), settings.dropout).to(self.device)
+        self.model = Csm(csm_config(vocabulary, codec_config(NUM_BOOKS)), settings.dropout).to(
+            self.device
+        )
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
         vectors = [p for p in self.model.parameters() if p.dim() <= 1]
         self.optimizer = torch.optim.AdamW(
@@ -99,17 +104,19 @@ class LanguageModelTrainer:
         save_checkpoint(self.directory / "train.pt", state)
 
     def train_step(self, batch: list[np.ndarray]) -> Tensor:
-        """Take one step; return the loss of each codebook, (K,)."""
+        """Take one step; return the loss of each codebook and of the alignment, (K + 1,)."""
         settings = self.settings
-        tokens, mask = (part.to(self.device) for part in collate(batch))
+        tokens, mask, bells = (part.to(self.device) for part in collate(batch))
+        guide = Guide(bells)
         seen = mask.clone()
         if settings.frame_drop:
             dropped = torch.rand(mask.shape[:2], device=self.device) < settings.frame_drop
             seen[..., :-1] &= ~dropped[..., None]
         with autocast(self.device, settings.bfloat16):
-            losses = self.model.losses(tokens, mask, settings.depth_share, seen)
+            losses = self.model.losses(tokens, mask, settings.depth_share, seen, guide)
         self.optimizer.zero_grad()
-        (losses[0] + losses[1:].mean()).backward()
+        loss = losses[0] + losses[1:].mean() + settings.guide_weight * guide.loss
+        loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
         progress = self.budget.progress(self.step)
         for group in self.optimizer.param_groups:
@@ -118,17 +125,17 @@ class LanguageModelTrainer:
             )
         self.optimizer.step()
         self.step += 1
-        return losses.detach()
+        return torch.cat([losses, guide.loss[None]]).detach()
 
     @torch.no_grad()
     def evaluate(self) -> list[float]:
         """Return the held-out loss of each codebook, weighted by clips of one batch of ten."""
         self.model.eval()
         results = []
-        clips = sorted(self.corpus.held_out, key=lambda clip: clip.length)
+        clips = sorted(self.corpus.held_out, key=lambda pair: pair[1].length)
         for first in range(0, len(clips), 10):
-            batch = [sequence([self.corpus.turn(clip)]) for clip in clips[first : first + 10]]
-            tokens, mask = (part.to(self.device) for part in collate(batch))
+            batch = [sequence([self.corpus.turn(*pair)]) for pair in clips[first : first + 10]]
+            tokens, mask, _ = (part.to(self.device) for part in collate(batch))
             with autocast(self.device, self.settings.bfloat16):
                 results.append(self.model.losses(tokens, mask) * mask[..., 0].sum())
             results[-1] = torch.cat([results[-1], mask[..., 0].sum()[None].float()])
@@ -138,7 +145,7 @@ class LanguageModelTrainer:
 
     def run(self) -> None:
         """Train until the budget is used, logging, evaluating and saving on the way."""
-        sums, count = torch.zeros(NUM_CODEBOOKS, device=self.device), 0
+        sums, count = torch.zeros(NUM_BOOKS + 1, device=self.device), 0
         batches = self.corpus.epoch(self.epoch)
         done = False
         while not done:
@@ -155,8 +162,9 @@ class LanguageModelTrainer:
                     step=self.step,
                     epoch=self.epoch,
                     elapsed_s=self.budget.elapsed_s,
-                    loss=means[0] + float(np.mean(means[1:])),
-                    per_book=means,
+                    loss=means[0] + float(np.mean(means[1:-1])),
+                    per_book=means[:-1],
+                    alignment=means[-1],
                 )
                 sums, count = torch.zeros_like(sums), 0
             if self.step % self.settings.evaluate_every == 0 or done:
@@ -185,11 +193,11 @@ def main() -> None:
     ):
         default = getattr(LanguageModelSettings, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
-    parser.add_argument("--variants", type=int, default=1, help="encodings of each training clip")
+    parser.add_argument("--heard", action="store_true", help="encode what the encoder hears")
     options = vars(parser.parse_args())
-    variants = options.pop("variants")
+    heard = options.pop("heard")
     if options.pop("command") == "encode":
-        encode_corpus(options["work_dir"], variants)
+        encode_corpus(options["work_dir"], heard)
     else:
         LanguageModelTrainer(LanguageModelSettings(**options)).run()
 

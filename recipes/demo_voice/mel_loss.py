@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import SAMPLE_RATE_HZ
+from corpus import SAMPLE_RATE_HZ
 
 
 def mel_filters(num_fft: int, num_mels: int) -> np.ndarray:
@@ -64,5 +64,5 @@ class MelLoss(nn.Module):
             logs = [mel.clamp(min=self.FLOOR).log10() for mel in (ours, theirs)]
             distance = distance + (logs[0] - logs[1]).abs().mean()
             norm = ((ours - theirs).square().sum((1, 2)) + 1e-6).sqrt()
-            convergence = convergence + (norm / (theirs.square().sum((1, 2)).sqrt() + 1e-2)).mean()
+            convergence = convergence + (norm / (theirs.square().sum((1, 2)).sqrt() + 3.0)).mean()
         return distance / len(self.SCALES), convergence / len(self.SCALES)

@@ -1,4 +1,4 @@
-"""Stage 5: load the export with the program's own classes and write the folder that ships.
+"""Stage 6: load the export with the program's own classes and write the folder that ships.
 
     python recipes/demo_voice/package.py --export W/export --output assets/demo_voice
 
