@@ -21,7 +21,7 @@ from csm_studio.text.tokenizer import TextTokenizer
 NAME = "demo voice"
 DESCRIPTION = (
     "A small model of CSM's architecture, trained for demonstration on synthetic speech of four "
-    "voices (speakers 0-3). It is not CSM-1B. How it was made: recipes/demo_voice."
+    "named voices (speakers 0-3) and others. It is not CSM-1B. How it was made: recipes/demo_voice."
 )
 
 
