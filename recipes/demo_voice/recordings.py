@@ -97,9 +97,7 @@ def main() -> None:
     )
     done = {row["name"] for row in read_rows(shard)}
     fresh = ((row, samples) for row, samples in recordings if row["name"] not in done)
-    hours = 0.0
-    for hours in write_shard(shard, fresh):  # noqa: B007
-        pass
+    hours = max(write_shard(shard, fresh), default=0.0)
     print(f"{arguments.shard}: {hours:.2f} hours")
 
 
