@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from csm_studio.errors import DatasetError
+from csm_studio.files import sync
 
 _BLOCK_BYTES = 1 << 16
 
@@ -59,7 +60,7 @@ class Journal:
             self._end = self._find_end()
             if self._size() > self._end:
                 os.ftruncate(self._handle, self._end)
-            _sync_folder(self.path.parent)
+            sync(self.path.parent)
         except OSError as error:
             self.close()
             raise DatasetError(f"{self.path}: cannot be opened ({error.strerror}).") from error
@@ -176,11 +177,3 @@ def _write_all(handle: int, content: bytes, position: int) -> None:
     while rest:
         written = os.pwrite(handle, rest, position)
         rest, position = rest[written:], position + written
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

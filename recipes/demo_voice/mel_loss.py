@@ -1,20 +1,9 @@
 """The codec's spectral loss."""
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from corpus import SAMPLE_RATE_HZ
-
-
-def mel_filters(num_fft: int, num_mels: int) -> np.ndarray:
-    """Return triangular filters on the HTK mel scale, (num_fft // 2 + 1, num_mels) float32."""
-    hertz = np.linspace(0.0, SAMPLE_RATE_HZ / 2, num_fft // 2 + 1)
-    top = 2595.0 * np.log10(1.0 + SAMPLE_RATE_HZ / 2 / 700.0)
-    edges = 700.0 * (10.0 ** (np.linspace(0.0, top, num_mels + 2) / 2595.0) - 1.0)
-    rising = (hertz[:, None] - edges[:-2]) / (edges[1:-1] - edges[:-2])
-    falling = (edges[2:] - hertz[:, None]) / (edges[2:] - edges[1:-1])
-    return np.maximum(0.0, np.minimum(rising, falling)).astype(np.float32)
+from features import mel_filters
 
 
 class RealFourier(torch.autograd.Function):
